@@ -1,0 +1,13 @@
+"""Every network of a text-to-image pipeline: MMDiT, text encoders and their tokenizers, autoencoder."""
+
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .clip import ClipConfig, ClipTextEncoder
+from .config import PRESETS, MMDiTConfig
+from .model import MMDiT
+from .t5 import T5Config, T5Encoder
+from .tokenizers import ClipTokenizer, T5Tokenizer
+
+__all__ = [
+    "PRESETS", "Autoencoder", "AutoencoderConfig", "ClipConfig", "ClipTextEncoder", "ClipTokenizer", "MMDiT",
+    "MMDiTConfig", "T5Config", "T5Encoder", "T5Tokenizer",
+]

@@ -1,0 +1,235 @@
+"""The image autoencoder: images (b, 3, H, W) in [-1, 1] <-> latents (b, c, H/8, W/8).
+
+Model: R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, in the 16-channel form
+of SD3 and FLUX. Letters: b batch, c channels, y and x pixel rows and columns.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The sizes of an autoencoder and the normalization of its latents; the defaults are FLUX's.
+
+    SD3's are the same sizes with `scaling=1.5305, shift=0.0609`. Each entry of `channels` is one resolution, from the
+    image's own to the latent's, each half the one before. Raises ValueError where `norm_groups` does not divide them.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    latent_channels: int = 16
+    blocks_per_level: int = 2  # in the encoder; the decoder has one more
+    norm_groups: int = 32
+    scaling: float = 0.3611
+    shift: float = 0.1159
+
+    def __post_init__(self):
+        if not self.channels or any(width % self.norm_groups for width in self.channels):
+            raise ValueError(
+                f"AutoencoderConfig.channels {self.channels} must each be a multiple of norm_groups {self.norm_groups}"
+            )
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU, 3x3 convolution, beside a shortcut; (b, c_in, y, x) -> (b, c_out, y, x)."""
+
+    def __init__(self, c_in: int, c_out: int, norm_groups: int):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(norm_groups, c_in, eps=1e-6)
+        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(norm_groups, c_out, eps=1e-6)
+        self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_2(F.silu(self.norm_2(h)))
+        return self.shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """One head of self-attention over all positions, added to its input; (b, c, y, x) -> the same."""
+
+    def __init__(self, width: int, norm_groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = rearrange(self.norm(x), "b c y x -> b 1 (y x) c")
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
+        tokens = self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + rearrange(tokens, "b 1 (y x) c -> b c y x", y=x.shape[2])
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution; (b, c, y, x) -> the same."""
+
+    def __init__(self, width: int, norm_groups: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, norm_groups)
+        self.attention = SpatialAttention(width, norm_groups)
+        self.block_2 = ResidualBlock(width, width, norm_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attention(self.block_1(x)))
+
+
+class Downsample(nn.Conv2d):
+    """Halve both sides by a 3x3 convolution of stride 2; (b, c, y, x) -> (b, c, y/2, x/2)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))  # one column right, one row below, none left or above
+
+
+class Upsample(nn.Conv2d):
+    """Double both sides by repetition, then a 3x3 convolution; (b, c, y, x) -> (b, c, 2y, 2x)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, the first of which changes the width; (b, c_in, y, x) -> (b, c_out, y, x)."""
+
+    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int):
+        super().__init__()
+        widths = [c_in] + [c_out] * num_blocks
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm_groups) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class EncoderLevel(Level):
+    """A level, then half the resolution unless it is the last."""
+
+    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int, is_last: bool):
+        super().__init__(c_in, c_out, num_blocks, norm_groups)
+        self.down = nn.Identity() if is_last else Downsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(super().forward(x))
+
+
+class DecoderLevel(Level):
+    """A level, then twice the resolution unless it is the last."""
+
+    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int, is_last: bool):
+        super().__init__(c_in, c_out, num_blocks, norm_groups)
+        self.up = nn.Identity() if is_last else Upsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(super().forward(x))
+
+
+class Encoder(nn.Module):
+    """Image (b, 3, H, W) -> mean and log-variance of its latent, on the channel axis (b, 2c, H/8, W/8)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            EncoderLevel(c_in, c_out, config.blocks_per_level, groups, is_last=level == len(widths) - 1)
+            for level, (c_in, c_out) in enumerate(pairwise(widths[:1] + widths))
+        )
+        self.middle = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_in(image)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Unnormalized latent (b, c, H/8, W/8) -> image (b, 3, H, W); its levels run from the coarsest to the finest."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths, groups = config.channels[::-1], config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.middle = Middle(widths[0], groups)
+        self.levels = nn.ModuleList(
+            DecoderLevel(c_in, c_out, config.blocks_per_level + 1, groups, is_last=level == len(widths) - 1)
+            for level, (c_in, c_out) in enumerate(pairwise(widths[:1] + widths))
+        )
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(latent))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """Images to normalized latents and back; the image model sees nothing but these latents."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def downscale(self) -> int:
+        """How many pixels of the image's side make one of the latent's: 8 for the public checkpoints."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gaussian of an image's latent: mean and log-variance, each (b, c, H/8, W/8), not normalized.
+
+        `image` (b, 3, H, W) in [-1, 1]; the log-variance is clamped to [-30, 20]. Raises ValueError for other
+        channels, or a side that is not a multiple of `downscale`.
+        """
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"The encoder takes images of shape (batch, 3, height, width), not {tuple(image.shape)}")
+        height, width = image.shape[2:]
+        if height % self.downscale or width % self.downscale or 0 in (height, width):
+            raise ValueError(
+                f"The image is {height} x {width} pixels: crop or resize it to multiples of {self.downscale}"
+            )
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, image: Tensor, generator: Generator | None = None) -> Tensor:
+        """The normalized latent (b, c, H/8, W/8) of an image (b, 3, H, W) in [-1, 1].
+
+        Without a generator it is the posterior's mean, with one a sample. Raises ValueError as `posterior` does.
+        """
+        z, logvar = self.posterior(image)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
+            z = z + torch.exp(0.5 * logvar) * noise
+        return (z - self.config.shift) * self.config.scaling
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The image (b, 3, H, W) of a normalized latent (b, c, H/8, W/8); about [-1, 1], not clamped.
+
+        Raises ValueError for other channels.
+        """
+        if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"The decoder takes latents of shape (batch, {self.config.latent_channels}, height, width), "
+                f"not {tuple(latent.shape)}"
+            )
+        return self.decoder(latent / self.config.scaling + self.config.shift)

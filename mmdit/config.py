@@ -1,0 +1,103 @@
+"""The sizes of a multimodal diffusion transformer, and the public checkpoints' by name."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Everything that tells one MMDiT from another.
+
+    `position` is the family: "rope" rotates queries and keys (FLUX.1), "table" adds a learned-size sin/cos table to
+    the image tokens (Stable Diffusion 3). `rope_axes` are the head's dimensions given to (index, row, column) and sum
+    to the head width. `dual_attention_blocks` are the blocks with a second, image-only attention (SD3.5-medium).
+
+    Raises ValueError where the sizes do not fit together.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_dual_blocks: int
+    num_single_blocks: int = 0
+    latent_channels: int = 16
+    patch_size: int = 2
+    context_dim: int = 4096
+    pooled_dim: int = 768
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    position: Literal["rope", "table"] = "rope"
+    rope_axes: tuple[int, ...] = (16, 56, 56)
+    rope_theta: int = 10_000
+    position_table_size: int = 192
+    guidance_embedding: bool = False
+    dual_attention_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "rope_axes", tuple(self.rope_axes))
+        object.__setattr__(self, "dual_attention_blocks", tuple(self.dual_attention_blocks))
+        for name in ("hidden_size", "num_heads", "num_dual_blocks", "latent_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MMDiTConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_single_blocks < 0:
+            raise ValueError(f"MMDiTConfig: num_single_blocks must not be negative, got {self.num_single_blocks}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"MMDiTConfig: hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        if self.position not in ("rope", "table"):
+            raise ValueError(f'MMDiTConfig: position must be "rope" or "table", got {self.position!r}')
+        if self.position == "rope" and (
+            sum(self.rope_axes) != self.head_dim or len(self.rope_axes) != 3 or any(a % 2 for a in self.rope_axes)
+        ):
+            raise ValueError(
+                f"MMDiTConfig: rope_axes must be three even numbers that sum to the head width {self.head_dim}, "
+                f"got {self.rope_axes}"
+            )
+        if any(not 0 <= i < self.num_dual_blocks for i in self.dual_attention_blocks):
+            raise ValueError(
+                f"MMDiTConfig: dual_attention_blocks {self.dual_attention_blocks} must lie in 0 … "
+                f"{self.num_dual_blocks - 1}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch of the latent: c · p · p."""
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def num_blocks(self) -> int:
+        """Dual-stream blocks come first, single-stream blocks after them; repulsion counts them in this order."""
+        return self.num_dual_blocks + self.num_single_blocks
+
+    @property
+    def context_ends_early(self) -> bool:
+        """Whether the last dual-stream block drops its context: it does where no block after it reads it (SD3)."""
+        return self.num_single_blocks == 0
+
+    @classmethod
+    def preset(cls, name: str) -> "MMDiTConfig":
+        """The sizes of a public checkpoint, by its public name (see `PRESETS`)."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown model {name!r}: the presets are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+_FLUX = MMDiTConfig(hidden_size=3072, num_heads=24, num_dual_blocks=19, num_single_blocks=38)
+_SD3 = MMDiTConfig(hidden_size=1536, num_heads=24, num_dual_blocks=24, pooled_dim=2048, position="table")
+_LARGE = replace(_SD3, hidden_size=2432, num_heads=38, num_dual_blocks=38)
+
+PRESETS: dict[str, MMDiTConfig] = {
+    "flux1-dev": replace(_FLUX, guidance_embedding=True),
+    "flux1-schnell": _FLUX,
+    "flux1-kontext-dev": replace(_FLUX, guidance_embedding=True),
+    "sd3-medium": replace(_SD3, qk_norm=False),
+    "sd3.5-medium": replace(_SD3, position_table_size=384, dual_attention_blocks=tuple(range(13))),
+    "sd3.5-large": _LARGE,
+    "sd3.5-large-turbo": _LARGE,
+}

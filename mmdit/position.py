@@ -1,0 +1,57 @@
+"""Where a token is: rotary angles (FLUX.1) or a table that is added (SD3)."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def grid_positions(index: int, rows: int, columns: int, device=None) -> Tensor:
+    """(index, row, column) of each patch of a rows × columns grid, row by row: (m, 3) float64.
+
+    FLUX.1 numbers the image 0; Kontext numbers its reference picture 1 on the first axis.
+    """
+    row = torch.arange(rows, dtype=torch.float64, device=device)
+    column = torch.arange(columns, dtype=torch.float64, device=device)
+    grid = torch.stack(torch.meshgrid(torch.full((1,), index).to(row), row, column, indexing="ij"), dim=-1)
+    return rearrange(grid, "one rows columns axis -> (one rows columns) axis")
+
+
+def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """Rotation angles of every pair of head dimensions: positions (n, axes) → (n, k / 2) float64 (RoFormer, FLUX.1)."""
+    angles = []
+    for axis, width in enumerate(axes):
+        frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
+        angles.append(positions[:, axis, None] * frequencies)
+    return torch.cat(angles, dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn neighbouring pairs (x₀, x₁) of the head dimension by their angle: (b, h, n, k), (n, k / 2) → (b, h, n, k)."""
+    cos, sin = angles.cos().float(), angles.sin().float()
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def sincos_table(size: int, width: int) -> Tensor:
+    """A size × size table of sin/cos positions, columns in the first half of the width, rows in the second:
+    (1, size², width). What SD3 starts from; a checkpoint brings its own."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(size)[:, None] * frequencies
+    features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    columns = features[None, :, :].expand(size, size, -1)
+    rows = features[:, None, :].expand(size, size, -1)
+    return rearrange(torch.cat([columns, rows], dim=-1), "rows columns d -> 1 (rows columns) d")
+
+
+def crop_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """The middle rows × columns of a square table: (1, S², d) → (1, rows · columns, d) (SD3).
+
+    Raises ValueError where the picture has more patches on a side than the table.
+    """
+    size = round(table.shape[1] ** 0.5)
+    if max(rows, columns) > size:
+        raise ValueError(f"latent has {rows} × {columns} patches but the position table ends at {size} × {size}: "
+                         "ask for a smaller picture")
+    top, left = (size - rows) // 2, (size - columns) // 2
+    square = rearrange(table, "one (s t) d -> one s t d", s=size)
+    return rearrange(square[:, top : top + rows, left : left + columns], "one s t d -> one (s t) d")

@@ -1,0 +1,106 @@
+"""`Repulsion`: how strongly, when and where in the model the samples of a batch push each other apart."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .repel import check_settings, repel
+
+Blocks = Literal["all", "first", "middle", "last"] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Repulsion:
+    """The settings of contextual repulsion, and the two places in the model where it acts.
+
+    scale: η, the length of the push (0 or more; its unit differs from model to model, see `PRESETS`)
+    iterations: M, small steps that the push is made of
+    steps: τ, repel in that many of the first denoising steps
+    blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
+    tokens: "context" (the paper), or "image" (its ablation)
+    single_stream_tokens: in single-stream blocks push "all" tokens (the paper), only the "context", or "none"
+    site: "attention": what the joint attention returns, before gate and residual; "block": what leaves the block
+    objective: "vendi" (the paper), "dpp", "rke" or "cosine", see `repulsion.objectives`
+    kernel_reg: ε of the regularized kernel
+    solver: "gram" (exact and fast) or "autograd" (the paper's loop)
+
+    Raises ValueError naming the field that is out of range.
+    """
+
+    scale: float
+    iterations: int = 50
+    steps: int = 1
+    blocks: Blocks = "all"
+    tokens: Literal["context", "image"] = "context"
+    single_stream_tokens: Literal["all", "context", "none"] = "all"
+    site: Literal["attention", "block"] = "attention"
+    objective: str = "vendi"
+    kernel_reg: float = 1e-4
+    solver: Literal["gram", "autograd"] = "gram"
+
+    def __post_init__(self):
+        check_settings(self.scale, self.iterations, self.objective, self.kernel_reg, self.solver)
+        if self.steps < 0:
+            raise ValueError(f"repulsion steps must not be negative, got {self.steps}")
+        for field, allowed in (("tokens", ("context", "image")), ("site", ("attention", "block")),
+                               ("single_stream_tokens", ("all", "context", "none"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"repulsion {field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        if isinstance(self.blocks, str):
+            if self.blocks not in ("all", "first", "middle", "last"):
+                raise ValueError(f"repulsion blocks must be all, first, middle, last or indices, got {self.blocks!r}")
+        else:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+            if any(not isinstance(i, int) or i < 0 for i in self.blocks):
+                raise ValueError(f"repulsion blocks must be indices from 0 on, got {self.blocks}")
+
+    @classmethod
+    def preset(cls, name: str) -> "Repulsion":
+        """The paper's settings for a public checkpoint, by its public name (see `PRESETS`)."""
+        if name not in PRESETS:
+            raise ValueError(f"no repulsion preset for {name!r}: there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def acts_in(self, block: int, num_blocks: int) -> bool:
+        """Whether block number `block` of `num_blocks` repels."""
+        if self.blocks == "all":
+            return True
+        if isinstance(self.blocks, str):
+            return ("first", "middle", "last")[3 * block // num_blocks] == self.blocks
+        return block in self.blocks
+
+    def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
+        """The two streams of a dual-stream block, one of them repelled if `site` is where this repulsion acts.
+
+        context (groups · B, N, D), or None where the model has dropped it; image (groups · B, M, D) → the same shapes.
+        """
+        if site == self.site and self.tokens == "image":
+            image = self._repel(image, groups)
+        elif site == self.site and context is not None:
+            context = self._repel(context, groups)
+        return context, image
+
+    def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
+        """The joint sequence of a single-stream block, context first: tokens (groups · B, N + M, D) → the same shape."""
+        if self.tokens == "image":
+            start, stop = num_context, None
+        else:
+            start, stop = 0, {"all": None, "context": num_context, "none": 0}[self.single_stream_tokens]
+        if site != self.site or stop == 0:
+            return tokens
+        repelled = tokens.clone()
+        repelled[:, start:stop] = self._repel(tokens[:, start:stop], groups)
+        return repelled
+
+    def _repel(self, tokens: Tensor, groups: int) -> Tensor:
+        return repel(tokens, self.scale, self.iterations, objective=self.objective, kernel_reg=self.kernel_reg,
+                     solver=self.solver, groups=groups)
+
+
+PRESETS: dict[str, Repulsion] = {  # the settings table of the paper, η where it reports its figures
+    "flux1-dev": Repulsion(scale=5e8, iterations=50, steps=1),
+    "sd3.5-large": Repulsion(scale=5e5, iterations=100, steps=4),
+    "sd3.5-large-turbo": Repulsion(scale=5e5, iterations=100, steps=1),
+}
+PRESETS["flux1-kontext-dev"] = PRESETS["flux1-dev"]  # "unchanged"

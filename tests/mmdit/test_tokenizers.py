@@ -1,0 +1,280 @@
+"""The tokenizers against transformers' (small trained vocabularies, CLIP's public one) and OpenAI's own code."""
+
+import gzip
+import importlib.util
+import json
+import shutil
+import unicodedata
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmdit.tokenizers import END, START, ClipTokenizer, T5Tokenizer
+from weights.tiny.tokenizers import train_clip_tokenizer, train_t5_tokenizer
+
+CAPTIONS = [
+    f"a {size} {color} {shape} {side} a {other} star on a {ground} ground, it's number {len(size + color + shape)}"
+    for size in ("small", "large")
+    for color in ("red", "green", "blue", "yellow")
+    for shape in ("circle", "square", "triangle")
+    for side in ("above", "left of")
+    for other in ("white", "purple")
+    for ground in ("teal", "sand")
+]
+
+PROMPTS = [
+    "",
+    " ",
+    "\n\t",
+    "a",
+    "a red circle",
+    "A Large RED Circle",
+    "  a   red\tcircle\n left of\r\na star ",
+    "it's they're we've I'm you'll he'd isn't 'tis rock'n'roll O'Brien's IT'S",
+    'wow!!! really?! yes... (a, b); [c] {d} <e> #f @g $h %i ^j &k *l -m _n +o =p |q \\r /s ~t `u "v"',
+    "1 12 123 4567 3.14 1,000 2nd 90s v2.0 10x10 ½ ² Ⅷ ٣",
+    "café naïve Zürich coöperate Ångström smörgåsbord İstanbul ß ẞ ﬁne ﬂow",
+    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
+    "日本の山 한국어 한글 中文字符 ภาษาไทย हिन्दी العربية עברית Ελληνικά Русский",
+    "a 🐱 and a 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ☃️ →←↑↓ ∑∞≈ €£¥ ™®©",
+    "“curly” ‘quotes’ — dashes – and … ellipsis«»„‚",
+    "non\u00a0breaking thin\u2009space zero\u200bwidth soft\u00adhyphen ideographic\u3000space",
+    "a\x00b \x07 \x7f \ufeff \ufffd",
+    "&amp; &lt;b&gt; <br/> https://example.org/a?b=c&d=e#f user@example.org",
+    "antidisestablishmentarianism supercalifragilisticexpialidocious zzzzzzzzzzzzzzzzzzzzzzzz",
+    "a " * 200,
+    "word" * 200,
+    "🐱" * 60,
+    "a red circle left of a large blue star, " * 10,
+    *CAPTIONS,
+]
+
+known_words = st.lists(st.sampled_from([word for prompt in PROMPTS for word in prompt.split()]), max_size=12).map(
+    " ".join
+)
+many = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+def theirs(oracle, prompts: list[str], length: int) -> list[list[int]]:
+    return oracle(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+
+
+def write_public_clip(folder: Path, pad_token: str) -> Path:
+    """CLIP's public vocabulary, rebuilt from the list of merges in OpenAI's package as that package does."""
+    packed = openai_clip("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().split("\n")
+    merges = lines[1 : 49152 - 256 - 2 + 1]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges), START, END]
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def openai_clip(file: str) -> Path:
+    return Path(distribution("openai-clip").locate_file("clip")) / file
+
+
+@pytest.fixture(scope="module", params=["public, CLIP-L", "public, CLIP-G", "trained, CLIP-L", "trained, CLIP-G"])
+def clip_folder(request, tmp_path_factory):
+    vocabulary, family = request.param.split(", ")
+    pad_token = {"CLIP-L": END, "CLIP-G": "!"}[family]
+    folder = tmp_path_factory.mktemp("tokenizers") / "clip"
+    if vocabulary == "public":
+        return write_public_clip(folder, pad_token)
+    train_clip_tokenizer(CAPTIONS, folder, vocab_size=580, length=77, pad_token=pad_token)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder):
+    return ClipTokenizer(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def clip_oracle(clip_folder):
+    return transformers.CLIPTokenizer.from_pretrained(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers") / "t5"
+    train_t5_tokenizer(CAPTIONS, folder, vocab_size=64, length=96)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(t5_folder):
+    return T5Tokenizer(t5_folder)
+
+
+@pytest.fixture(scope="module")
+def t5_oracle(t5_folder):
+    return transformers.T5Tokenizer.from_pretrained(t5_folder)
+
+
+def test_clip_equals_transformers(clip, clip_oracle):
+    assert clip(PROMPTS).tolist() == theirs(clip_oracle, PROMPTS, 77)
+    assert clip(PROMPTS, length=9).tolist() == theirs(clip_oracle, PROMPTS, 9)
+    special = (clip_oracle.bos_token_id, clip_oracle.eos_token_id, clip_oracle.pad_token_id, len(clip_oracle))
+    assert (clip.start_token, clip.end_token, clip.pad_token, clip.vocab_size) == special
+    assert [clip.count(prompt) for prompt in PROMPTS] == [len(ids) for ids in clip_oracle(PROMPTS).input_ids]
+
+
+@many
+@given(st.text(max_size=40) | known_words)
+def test_clip_equals_transformers_on_any_text(clip, clip_oracle, prompt):
+    assert clip([prompt], length=32).tolist() == theirs(clip_oracle, [prompt], 32)
+
+
+def test_clip_reads_a_tokenizer_json_alone(clip, clip_oracle, tmp_path):
+    clip_oracle.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.json")} == {"tokenizer.json", "tokenizer_config.json"}
+    assert torch.equal(ClipTokenizer(tmp_path)(PROMPTS), clip(PROMPTS))
+    assert torch.equal(ClipTokenizer(tmp_path / "tokenizer.json")(PROMPTS), clip(PROMPTS))
+
+
+def test_clip_equals_openai(tmp_path):
+    """OpenAI's own tokenizer is plain Python and shares no code with ours. Text that it would repair is left out."""
+    file = openai_clip("simple_tokenizer.py")
+    spec = importlib.util.spec_from_file_location("simple_tokenizer", file)
+    spec.loader.exec_module(openai := importlib.util.module_from_spec(spec))
+    simple = openai.SimpleTokenizer(str(openai_clip("bpe_simple_vocab_16e6.txt.gz")))
+    ours = ClipTokenizer(write_public_clip(tmp_path / "clip", END))
+    prompts = [prompt for prompt in PROMPTS if openai.basic_clean(prompt) == prompt.strip()]
+    assert len(prompts) > 100
+    for prompt in prompts:
+        expected = [49406, *simple.encode(prompt)][:76] + [49407]
+        assert ours([prompt])[0].tolist() == expected + [49407] * (77 - len(expected)), prompt
+
+
+def test_clip_training_follows_the_public_order_and_repeats(tmp_path):
+    for folder in ("one", "two"):
+        train_clip_tokenizer(iter(CAPTIONS), tmp_path / folder, vocab_size=580, length=20)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+    public = json.loads((write_public_clip(tmp_path / "public", END) / "vocab.json").read_text())
+    trained = json.loads((tmp_path / "one" / "vocab.json").read_text(encoding="utf-8"))
+    assert list(trained)[:512] == list(public)[:512]
+    assert (trained[START], trained[END], len(trained)) == (578, 579, 580)
+    assert ClipTokenizer(tmp_path / "one")(["a red circle"]).shape == (1, 20)
+
+
+def test_clip_training_by_hand(tmp_path):
+    """Three times a-b and once a-b-c: first "a b</w>"; then of two pairs that occur once the alphabet's first."""
+    train_clip_tokenizer(["ab ab", "abc, AB"], tmp_path, vocab_size=512 + 3 + 2, length=77)
+    assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == ["a b</w>", "a b", "ab c</w>"]
+
+
+def test_t5_equals_transformers(t5, t5_oracle):
+    # Composed (NFC), because transformers loses the accent of a letter that is given as two characters.
+    prompts = [unicodedata.normalize("NFC", prompt) for prompt in PROMPTS]
+    assert t5(prompts).tolist() == theirs(t5_oracle, prompts, 96)
+    assert t5(prompts, length=5).tolist() == theirs(t5_oracle, prompts, 5)
+    assert (t5.start_token, t5.end_token, t5.pad_token, t5.vocab_size) == (None, 1, 0, len(t5_oracle))
+    assert [t5.count(prompt) for prompt in prompts] == [len(ids) for ids in t5_oracle(prompts).input_ids]
+
+
+def test_t5_normalizes_composed_and_decomposed_letters_alike(t5):
+    for prompt in PROMPTS:
+        forms = [unicodedata.normalize(form, prompt) for form in ("NFC", "NFD", "NFKC")]
+        assert torch.equal(*t5(forms[:2])), prompt
+        assert torch.equal(*t5(forms[1:])), prompt
+
+
+# Without accents on their own, see above, and control characters: transformers takes U+0085 for a space.
+@many
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc", "M"]), max_size=40) | known_words)
+def test_t5_equals_transformers_on_any_text(t5, t5_oracle, prompt):
+    prompt = unicodedata.normalize("NFC", prompt)
+    assert t5([prompt], length=32).tolist() == theirs(t5_oracle, [prompt], 32)
+
+
+def test_t5_training_repeats(t5_folder, tmp_path):
+    train_t5_tokenizer(iter(CAPTIONS), tmp_path, vocab_size=64, length=96)
+    assert (tmp_path / "spiece.model").read_bytes() == (t5_folder / "spiece.model").read_bytes()
+
+
+def test_default_lengths(t5_folder, tmp_path):
+    shutil.copy(t5_folder / "spiece.model", tmp_path)
+    assert T5Tokenizer(tmp_path)([""]).shape == (1, 512)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert T5Tokenizer(tmp_path / "spiece.model")([""]).shape == (1, 512)
+    folder = write_public_clip(tmp_path / "clip", END)
+    (folder / "tokenizer_config.json").unlink()
+    assert ClipTokenizer(folder)([""]).shape == (1, 77)
+
+
+def test_special_tokens_map_names_the_pad_token(tmp_path):
+    folder = write_public_clip(tmp_path / "clip", END)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text('{"pad_token": {"content": "!", "lstrip": false}}')
+    assert ClipTokenizer(folder).pad_token == 0
+
+
+@pytest.mark.parametrize("prompts", ["a red circle", [], ["a", 3], ["a", None], ["half \ud83d"]])
+def test_bad_prompts(t5, prompts):
+    with pytest.raises(ValueError, match="list of at least one prompt|must be a string|half of a surrogate pair"):
+        t5(prompts)
+
+
+def test_bad_lengths(t5, clip):
+    with pytest.raises(ValueError, match="at least 1, for the end token, not 0"):
+        t5(["a"], length=0)
+    with pytest.raises(ValueError, match="at least 2, for the start and the end token, not 1"):
+        clip(["a"], length=1)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vocab.json is missing: download"):
+        ClipTokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="merges.txt is missing: download"):
+        ClipTokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing: download"):
+        ClipTokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(FileNotFoundError, match="spiece.model is missing: download the tokenizer_2"):
+        T5Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("vocab.json", "{", "vocab.json is not readable JSON"),
+        ("vocab.json", "[]", "vocab.json holds a JSON list where an object belongs"),
+        ("vocab.json", '{"a": 0}', "do not fit together"),
+        ("merges.txt", "a b c", "do not fit together"),
+        ("tokenizer_config.json", '{"pad_token": "<pad>"}', "pad token '<pad>' is not in the vocabulary"),
+    ],
+)
+def test_unreadable_clip_files(tmp_path, file, content, message):
+    train_clip_tokenizer(CAPTIONS, tmp_path, vocab_size=520, length=77)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ClipTokenizer(tmp_path)
+
+
+def test_unreadable_json_and_model(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe a tokenizer"):
+        ClipTokenizer(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        T5Tokenizer(tmp_path)
+
+
+def test_vocabularies_too_large_to_train(tmp_path):
+    with pytest.raises(ValueError, match="ask for at most vocab_size="):
+        train_clip_tokenizer(CAPTIONS, tmp_path, vocab_size=5000, length=77)
+    with pytest.raises(ValueError, match="No vocabulary of 5000 pieces"):
+        train_t5_tokenizer(CAPTIONS, tmp_path, vocab_size=5000, length=77)

@@ -1,0 +1,90 @@
+"""The training loop that every part of a tiny checkpoint goes through: progress, checkpoints, resume, EMA."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import trange
+
+
+def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside transformer blocks where `muon_lr` is given.
+
+    Muon (K. Jordan, 2024) makes each update orthogonal; modulation layers, which start at zero, stay with AdamW.
+    """
+    matrices, rest = [], []
+    for module in modules.values():
+        for name, parameter in module.named_parameters():
+            in_block = "blocks." in name and "modulation" not in name and parameter.ndim == 2
+            (matrices if muon_lr and in_block else rest).append(parameter)
+    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01))
+    return found
+
+
+def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Tensor], steps: int, folder: Path, *,
+          lr: float, muon_lr: float | None = None, ema: float = 0.0, device: str = "cpu", save_every: int = 250) -> None:
+    """Minimize `loss_at(step)` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
+
+    `loss_at` draws its data from the step's number alone, so a run that was stopped goes on as if it had not been.
+    The learning rate warms up over 2 % of the steps and falls linearly to zero over the second half. `ema` is the
+    decay of the exponential moving average of the weights; 0 keeps the last weights.
+    """
+    file, opts = folder / f"{name}.pt", optimizers(modules, lr, muon_lr)
+    base_rates = [o.param_groups[0]["lr"] for o in opts]
+    together = nn.ModuleDict(modules)
+    average = {k: v.detach().clone() for k, v in together.state_dict().items()}
+    start = 0
+    if file.exists():
+        saved = torch.load(file, map_location=device, weights_only=True)
+        start, average = saved["step"], saved["average"]
+        together.load_state_dict(saved["model"])
+        for optimizer, state in zip(opts, saved["optimizers"], strict=False):
+            optimizer.load_state_dict(state)
+
+    progress, running = trange(start, steps, initial=start, total=steps, desc=name, mininterval=5), None
+    for step in progress:
+        torch.manual_seed(step)
+        rate = min(1.0, (step + 1) / (0.02 * steps), 2 * (steps - step) / steps)
+        # On CPUs the fused attention's backward pass is slower than plain matrix products for so few tokens.
+        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext(), torch.autocast(device, torch.bfloat16):
+            loss = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(together.parameters(), 1.0)
+        for optimizer, base in zip(opts, base_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = base * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(ema, (step + 1) / (step + 10))
+        for key, value in together.state_dict().items():
+            average[key].lerp_(value, 1 - decay)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"step": step + 1, "model": together.state_dict(), "average": average,
+                     "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}
+            torch.save(state, f"{file}.part")
+            os.replace(f"{file}.part", file)
+    together.load_state_dict(average)
+
+
+def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:
+    """Which of `count` examples step s sees: every example once an epoch, in an order drawn from seed and epoch."""
+    per_epoch = count // size
+
+    def at(step: int) -> Tensor:
+        epoch, index = divmod(step, per_epoch)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        return order[index * size : (index + 1) * size]
+
+    return at
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """0 … count in pieces of at most `size`."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

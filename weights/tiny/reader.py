@@ -1,0 +1,287 @@
+"""Reads a picture of the tiny world back into the scene it shows, without a network.
+
+Because every ground, texture, color and shape is known, a picture explains itself in four steps: which ground sheet
+lies behind it, which pixels are a blend of that sheet and an object color, which of these hang together, and which
+silhouette of the same area and centroid covers each component best. It works on fresh renders and on generated ones.
+
+Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from weights.tiny.world import (
+    ARRANGEMENTS,
+    COLOR_RGB,
+    COLORS,
+    DIRECTIONS,
+    GROUND_RGB,
+    GROUNDS,
+    MARGIN,
+    RADII,
+    SHADE,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    coverage,
+    pixel_grid,
+    signed_distance,
+    texture_sheets,
+)
+
+# Colors are in [0, 1] here. Object colors are at least 0.32 away from every shade of every ground.
+GROUND_REACH = 0.25  # a pixel further than this from a ground sheet says nothing about the ground
+GROUND_SHARE = 0.35  # at least this share of a picture must fit its ground sheet
+COLOR_REACH = 0.3  # a thing whose color is further than this from the palette has no known color
+SMALLEST = 25  # pixels; the smallest thing of the world (a small star of two) has 65
+WORST_FIT = 0.7  # intersection over union below which a thing has no known shape
+
+
+def read(images: Tensor) -> list[Scene]:
+    """What each picture shows, as a canonical complete scene (see `Scene`); (b, 3, h, w) in [-1, 1].
+
+    Anything can be read: no thing found is `things=()`, of more than three the largest three count, and an attribute
+    that cannot be told is None. Other sizes than 64 are resized first. Raises ValueError for any other tensor shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width)")
+    images = images.detach().float().cpu().nan_to_num().clamp(-1, 1) / 2 + 0.5
+    if images.shape[-2:] != (64, 64):
+        images = F.interpolate(images, size=(64, 64), mode="bilinear", antialias=True)
+    return [scene for chunk in images.split(32) if len(chunk) for scene in read_chunk(chunk)]  # 32 fit the cache
+
+
+def read_chunk(images: Tensor) -> list[Scene]:
+    """`read` for a batch of 64x64 pictures in [0, 1]."""
+    sheet, grounds, textures = find_ground(images)
+    components = find_components(opacity(images, sheet) > 0.5)  # (b, s, 64, 64) bool
+    things = [[] for _ in images]
+    rows, slots = components.any(dim=(2, 3)).nonzero(as_tuple=True)
+    if len(rows):
+        alpha, colors = silhouettes(images[rows], sheet[rows], components[rows, slots], components[rows].any(dim=1))
+        for row, color, fit in zip(rows.tolist(), colors, fit_shapes(alpha), strict=True):
+            things[row].append((color, *fit))
+    return [arrange(*found) for found in zip(things, grounds, textures, strict=True)]
+
+
+@cache
+def ground_sheets() -> Tensor:
+    """Every textured ground without things, (grounds * textures, 3, 64, 64) in [0, 1]."""
+    sheets = GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets()[None, :, None]
+    return rearrange(sheets, "ground texture rgb y x -> (ground texture) rgb y x").clamp(0, 1)
+
+
+def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | None]]:
+    """The best fitting ground sheet of each picture (b, 3, 64, 64), and its ground and texture.
+
+    The squared error of a pixel counts up to GROUND_REACH, so pixels of things cost the same under every sheet.
+    """
+    cost = []
+    for sheet in ground_sheets():
+        error = reduce((images - sheet).square(), "b rgb y x -> b y x", "sum") / GROUND_REACH**2
+        cost.append(reduce(error.clamp(max=1), "b y x -> b", "mean"))
+    cost, best = torch.stack(cost).min(dim=0)
+    known = (cost < 1 - GROUND_SHARE).tolist()
+    grounds = [GROUNDS[i // len(TEXTURES)] if ok else None for i, ok in zip(best.tolist(), known, strict=True)]
+    textures = [TEXTURES[i % len(TEXTURES)] if ok else None for i, ok in zip(best.tolist(), known, strict=True)]
+    return ground_sheets()[best], grounds, textures
+
+
+def opacity(images: Tensor, sheet: Tensor) -> Tensor:
+    """How much of an object color lies over the ground sheet at each pixel, (b, 64, 64) in [0, 1].
+
+    A pixel is ground + opacity * (color - ground) for some object color: the one that leaves the least error.
+    """
+    change = images - sheet
+    best_error, best = torch.full_like(change[:, 0], torch.inf), torch.zeros_like(change[:, 0])
+    for color in COLOR_RGB[:, :, None, None]:
+        full = color - sheet
+        length = full.square().sum(dim=1)
+        share = ((change * full).sum(dim=1) / length).clamp(0, 1)
+        error = (change - share[:, None] * full).square().sum(dim=1)
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, share, best)
+    return best
+
+
+def find_components(mask: Tensor) -> Tensor:
+    """The three largest connected components (8 neighbors) of masks (b, 64, 64), as (b, 3, 64, 64) bool.
+
+    Every pixel starts with its own number and takes the largest of its neighborhood until nothing changes.
+    """
+    inside = mask.float()
+    labels = torch.arange(1.0, mask[0].numel() + 1).view_as(mask[0]) * inside
+    while True:
+        spread = labels
+        for _ in range(8):
+            spread = grow(spread) * inside
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    numbers = rearrange(labels, "b y x -> b (y x)").long()
+    areas = torch.zeros(len(mask), mask[0].numel() + 1, dtype=torch.long)
+    areas.scatter_add_(1, numbers, torch.ones_like(numbers))
+    areas[:, 0] = 0  # label 0 is the ground
+    area, label = areas.topk(3, dim=1)
+    label = label.masked_fill(area < SMALLEST, -1)
+    return labels[:, None] == label[:, :, None, None]
+
+
+def grow(pictures: Tensor) -> Tensor:
+    """Each pixel of (b, 64, 64) becomes the maximum of its 3x3 neighborhood (many times faster than `max_pool2d`)."""
+    for axis in (1, 2):
+        before, after = pictures.narrow(axis, 0, 63), pictures.narrow(axis, 1, 63)
+        pictures = pictures.clone()
+        pictures.narrow(axis, 1, 63).clamp_(min=before)
+        pictures.narrow(axis, 0, 63).clamp_(min=after)
+    return pictures
+
+
+def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component: Tensor) -> tuple[Tensor, list]:
+    """Soft silhouettes (t, 64, 64) in [0, 1] and color names of things, from their pictures and components.
+
+    The color is the mean over the component's core; the silhouette is the opacity of that very color over the ground,
+    in the component and up to two pixels around it where no other component is.
+    """
+    solid = component.float()
+    core = 1 - grow(1 - solid)  # eroded by one pixel
+    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6, core, solid)
+    color = (images * core[:, None]).sum(dim=(2, 3)) / core.sum(dim=(1, 2))[:, None]
+    distance, nearest = torch.cdist(color, COLOR_RGB).min(dim=1)
+    names = [COLORS[i] if d < COLOR_REACH else None for i, d in zip(nearest.tolist(), distance.tolist(), strict=True)]
+
+    full = color[:, :, None, None] - sheet
+    alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
+    around = grow(grow(solid)).bool() & (component | ~any_component)
+    return (2 * alpha - 0.5).clamp(0, 1) * around, names  # twice as steep: undoes some blur, drops some noise
+
+
+@cache
+def shape_moments(shape: str) -> tuple[float, float]:
+    """Area of a shape of radius 1, and how far its centroid lies below its origin."""
+    steps = torch.linspace(-1.1, 1.1, 1001)
+    x, y = torch.meshgrid(steps, steps, indexing="xy")
+    inside = signed_distance(shape, x, y) < 0
+    return inside.sum().item() * (2.2 / 1000) ** 2, y[inside].mean().item()
+
+
+def fit_shapes(alpha: Tensor) -> list[tuple[str | None, float, float, float]]:
+    """Shape, center x, center y and radius of each soft silhouette (t, 64, 64).
+
+    Each shape is drawn with the silhouette's area and centroid; the one with the largest intersection over union wins.
+    """
+    x, y = pixel_grid(64)
+    area = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
+    center_x, center_y = (alpha * x).sum(dim=(1, 2)) / area, (alpha * y).sum(dim=(1, 2)) / area
+    overlaps, fits = [], []
+    for shape in SHAPES:
+        unit_area, below = shape_moments(shape)
+        radius = (area / unit_area).sqrt()
+        fit = torch.stack([center_x, center_y - below * radius, radius])
+        left, top, scale = fit[:, :, None, None]
+        drawn = coverage(signed_distance(shape, (x - left) / scale, (y - top) / scale) * scale)
+        overlaps.append(torch.minimum(drawn, alpha).sum(dim=(1, 2)) / torch.maximum(drawn, alpha).sum(dim=(1, 2)))
+        fits.append(fit)
+    overlap, best = torch.stack(overlaps).max(dim=0)
+    fits = torch.stack(fits)[best, :, torch.arange(len(best))]  # (t, 3)
+    names = [SHAPES[i] if o > WORST_FIT else None for i, o in zip(best.tolist(), overlap.tolist(), strict=True)]
+    return [(name, *fit) for name, fit in zip(names, fits.tolist(), strict=True)]
+
+
+def arrange(found: list[tuple], ground: str | None, texture: str | None) -> Scene:
+    """The canonical scene of up to three (color, shape, x, y, radius)."""
+    arrangement = None
+    if len(found) == 1:
+        arrangement = position(*found[0][2:])
+    elif found:
+        arrangement, found = relation(found)
+    things = []
+    for color, shape, _, _, radius in found:
+        misfit = [abs(math.log(radius / expected)) for expected in RADII[len(found)]]
+        size = SIZES[misfit.index(min(misfit))] if len(found) < 3 else None
+        things.append(Thing(shape, color, size))
+    return Scene(tuple(things), arrangement, ground, texture)
+
+
+def position(x: float, y: float, radius: float) -> str | None:
+    """Where a single thing lies; None where it is about as far from every known place."""
+    reach = max(32 - MARGIN - radius, 6)
+    away = {name: math.hypot((x - 32) / reach - dx, (y - 32) / reach - dy) for name, (dx, dy) in DIRECTIONS.items()}
+    nearest = min(away, key=away.get)
+    return nearest if away[nearest] < 0.5 else None
+
+
+def relation(found: list[tuple]) -> tuple[str | None, list[tuple]]:
+    """Arrangement of two or three (color, shape, x, y, radius), and these in canonical order (else left to right)."""
+    across, down = sorted(found, key=lambda thing: thing[2]), sorted(found, key=lambda thing: thing[3])
+    width, height = across[-1][2] - across[0][2], down[-1][3] - down[0][3]
+    flat, upright, three = ARRANGEMENTS[len(found)][0], ARRANGEMENTS[len(found)][1], len(found) == 3
+    if height < 0.5 * width:
+        return flat, across
+    if width < 0.5 * height:
+        return upright, down
+    top, *bottom = down
+    left, right = sorted(bottom, key=lambda thing: thing[2]) if three else (top, top)
+    if three and abs(left[3] - right[3]) < 0.4 * height and left[2] < top[2] < right[2]:
+        return "triangle", [top, left, right]
+    return None, across
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measures
+
+
+def adherence(prompted: Scene, found: Scene) -> float:
+    """Share of the prompted attributes that `found` has, in [0, 1].
+
+    The number of things is one attribute; each said shape, color and size, arrangement, ground and texture is another.
+    Prompted and found things are matched as well as possible; a said arrangement counts as present only when it is the
+    found one and the things match in its order ("left of" with both things swapped is not what was asked).
+    """
+    slots = [*found.things, *[None] * (len(prompted.things) - len(found.things))]
+    best = 0
+    for chosen in permutations(range(len(slots)), len(prompted.things)):
+        hits = sum(
+            said is not None and slots[i] is not None and said == getattr(slots[i], name)
+            for thing, i in zip(prompted.things, chosen, strict=True)
+            for name, said in vars(thing).items()
+        )
+        in_order = chosen == tuple(range(len(chosen)))
+        hits += prompted.arrangement is not None and prompted.arrangement == found.arrangement and in_order
+        best = max(best, hits)
+    frame = [(prompted.ground, found.ground), (prompted.texture, found.texture)]
+    best += (len(prompted.things) == len(found.things)) + sum(said is not None and said == is_ for said, is_ in frame)
+    said = [prompted.arrangement, prompted.ground, prompted.texture]
+    said += [value for thing in prompted.things for value in vars(thing).values()]
+    return best / (1 + sum(value is not None for value in said))
+
+
+def attribute_vectors(scenes: Sequence[Scene]) -> Tensor:
+    """Unit-norm float64 rows (b, a) whose dot products are the share of attributes that two pictures share.
+
+    Attributes: number of things, arrangement, ground, texture, and shape, color and size of each slot; those that no
+    picture of the group has are left out, and two pictures that both lack one share it. The rows' cosine kernel gives
+    the Vendi score of the group. Raises ValueError for no scenes.
+    """
+    if not scenes:
+        raise ValueError("no scenes to compare; give at least one")
+    tables = []
+    for scene in scenes:
+        table = {"count": len(scene.things), "arrangement": scene.arrangement}
+        table |= {"ground": scene.ground, "texture": scene.texture}
+        for slot, thing in enumerate(scene.things):
+            table |= {f"{name} {slot}": value for name, value in vars(thing).items()}
+        tables.append(table)
+    names = sorted({name for table in tables for name, value in table.items() if value is not None})
+    columns = sorted({(name, table.get(name, "no thing")) for table in tables for name in names}, key=str)
+    hits = [[table.get(name, "no thing") == value for name, value in columns] for table in tables]
+    return torch.tensor(hits, dtype=torch.float64) / math.sqrt(len(names))

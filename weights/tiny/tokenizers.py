@@ -1,0 +1,112 @@
+"""Small vocabularies in the files of the big ones, trained on captions; the same captions give the same bytes."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from sentencepiece import SentencePieceTrainer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from mmdit.tokenizers import END, START, clip_model
+
+
+def train_clip_tokenizer(
+    captions: Iterable[str], folder: str | Path, vocab_size: int, length: int, pad_token: str = END
+) -> None:
+    """Write `vocab.json`, `merges.txt` and two settings files that `mmdit.ClipTokenizer` and transformers read.
+
+    Ids in the order of CLIP's public vocabulary: 256 bytes, the same at a word's end, one token a merge, start, end.
+    `length` is the default number of tokens, `pad_token` the end token (CLIP-L) or "!" (CLIP-G). Raises ValueError
+    where the captions do not hold enough pairs to merge.
+    Follows R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
+    """
+    bytes_ = sorted(ByteLevel.alphabet())
+    tokens = bytes_ + [byte + "</w>" for byte in bytes_]
+    merges = _learn_merges(_word_counts(captions), tokens, vocab_size - 2)
+    vocabulary = {token: id for id, token in enumerate([*tokens, START, END])}
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **names}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    _write_text(folder / "merges.txt", "\n".join(["#version: 0.2"] + [" ".join(merge) for merge in merges]) + "\n")
+    _write_text(folder / "special_tokens_map.json", json.dumps(names, indent=2))
+    _write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+
+
+def train_t5_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: int, length: int) -> None:
+    """Write `spiece.model` and `tokenizer_config.json` that `mmdit.T5Tokenizer` and transformers read.
+
+    As in T5's public vocabulary: pad 0, end 1, unknown 2, no start; a unigram model of NFKC text, here lower-cased too.
+    `length` is the default number of tokens. Raises ValueError where the captions cannot fill, or do not fit into, the
+    vocabulary.
+    Follows T. Kudo, "Subword Regularization", 2018.
+    """
+    captions = list(captions)
+    # A piece must be part of two different words to be considered, so each word comes with a comma once more.
+    words = sorted({word.strip(",") for caption in captions for word in caption.split()})
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(captions + [word + "," for word in words]), model_writer=model,
+            vocab_size=vocab_size, model_type="unigram", normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"No vocabulary of {vocab_size} pieces can be made of these captions: {error}") from error
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": length, "extra_ids": 0, **names}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    _write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+
+
+def _word_counts(captions: Iterable[str]) -> Counter[tuple[str, ...]]:
+    """How often each word occurs, a word as its bytes: ("r", "e", "d</w>")."""
+    clip = clip_model({}, [])
+    counts = Counter()
+    for caption in captions:
+        for word, _ in clip.pre_tokenizer.pre_tokenize_str(clip.normalizer.normalize_str(caption)):
+            counts[(*word[:-1], word[-1] + "</w>")] += 1
+    return counts
+
+
+def _learn_merges(words: Counter[tuple[str, ...]], tokens: list[str], num_tokens: int) -> list[tuple[str, str]]:
+    """Join the most frequent pair of neighbors, again and again, until `tokens` (extended in place) are so many."""
+    merges = []
+    while len(tokens) < num_tokens:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            raise ValueError(f"The captions give {len(merges)} merges: ask for at most vocab_size={len(tokens) + 2}")
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # the alphabet decides between equals
+        merges.append(best)
+        if "".join(best) not in tokens:
+            tokens.append("".join(best))
+        joined = Counter()
+        for word, count in words.items():
+            joined[_join(word, best)] += count
+        words = joined
+    return merges
+
+
+def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return tuple(out)
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,229 @@
+"""Makes the checkpoint `tiny-sd3` from nothing: `python -m weights.tiny.train --help`.
+
+Every part of Stable Diffusion 3.5 in small, trained one after the other on the procedural world of `world.py`:
+tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders against pictures without color,
+and last the T5 encoder together with the MMDiT, by flow matching. About 75 minutes on two CPU cores.
+"""
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit import (
+    Autoencoder,
+    AutoencoderConfig,
+    ClipConfig,
+    ClipTextEncoder,
+    ClipTokenizer,
+    MMDiT,
+    MMDiTConfig,
+    T5Config,
+    T5Encoder,
+    T5Tokenizer,
+)
+
+from .loop import batches, chunks, train
+from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
+from .world import Scene, describe, forget, render, sample_scene
+
+LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
+SHIFT = 2.0  # of the noise schedule, in training and in sampling
+AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
+TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
+                          pooled_dim=32, position="table", position_table_size=16)
+
+
+@dataclass
+class Data:
+    """The training set: complete scenes, and what each picture is drawn with."""
+
+    scenes: list[Scene]
+    seed: int
+
+    def captions(self, rows: Tensor, step: int) -> list[str]:
+        """What is said of these scenes at this step: attributes left out at random, one in ten says nothing."""
+        rng = random.Random(f"{self.seed} captions {step}")
+        told = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
+        return ["" if rng.random() < 0.1 else caption for caption in told]
+
+    def pictures(self, rows: Tensor, seed: int) -> Tensor:
+        return render([self.scenes[row] for row in rows.tolist()], seed)
+
+
+def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, T5Tokenizer]:
+    """The three vocabularies of SD3: CLIP-L pads with its end token, CLIP-G with id 0."""
+    names = ["tokenizer", "tokenizer_2", "tokenizer_3"]
+    if not (folder / names[2] / "spiece.model").exists():
+        captions = [c for c in data.captions(torch.arange(min(20_000, len(data.scenes))), -1) if c]
+        train_clip_tokenizer(captions, folder / names[0], vocab_size=644, length=LENGTH)
+        train_clip_tokenizer(captions, folder / names[1], vocab_size=644, length=LENGTH, pad_token="!")
+        train_t5_tokenizer(captions, folder / names[2], vocab_size=72, length=LENGTH)
+    return ClipTokenizer(folder / names[0]), ClipTokenizer(folder / names[1]), T5Tokenizer(folder / names[2])
+
+
+def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Autoencoder:
+    """Reconstruction plus a light Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
+    model = Autoencoder(AUTOENCODER).to(device)
+    pick = batches(len(data.scenes), 32, data.seed)
+
+    def loss_at(step: int) -> Tensor:
+        picture = data.pictures(pick(step), step).to(device)
+        mean, logvar = model.posterior(picture)
+        mean, logvar = mean.float(), logvar.float()
+        z = mean + torch.randn_like(mean) * (logvar / 2).exp()
+        restored = model.decoder(z).float()
+        kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+        return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 2e-4 * kl
+
+    train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, ema=0.99, device=device)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode(model: Autoencoder, data: Data, device: str) -> Tensor:
+    """All pictures as posterior means, then normalized to mean 0 and deviation 1: (count, c, H/4, W/4) float16.
+
+    The two numbers of the normalization go into the autoencoder's config, as in the public checkpoints.
+    """
+    found = []
+    for part in chunks(len(data.scenes), 64):
+        rows = torch.arange(part.start, part.stop)
+        picture = data.pictures(rows, 10**6 + part.start).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            found.append(model.posterior(picture)[0].float().cpu())
+    latents = torch.cat(found)
+    shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
+    model.config = AutoencoderConfig(**{**vars(AUTOENCODER), "shift": shift, "scaling": scaling})
+    return ((latents - shift) * scaling).half()
+
+
+class ImageTower(nn.Module):
+    """The picture half of CLIP, needed in training alone: gray picture (b, 1, 32, 32) → one vector a text encoder."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        layers, channels = [], 1
+        for width in (32, 64, 96):
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            channels = width
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * channels, 128), nn.SiLU())
+        self.heads = nn.ModuleList(nn.Linear(128, width) for width in widths)
+        self.temperature = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, picture: Tensor) -> list[Tensor]:
+        features = self.body(picture)
+        return [head(features) for head in self.heads]
+
+
+def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -> list[ClipTextEncoder]:
+    """Two text encoders learn which caption belongs to which picture (CLIP's contrastive loss).
+
+    The pictures have lost their color and are mirrored and cropped at random, so that the pooled vectors say what is
+    there, coarsely, and not its color or place: those reach the MMDiT as tokens alone, as in the large models.
+    """
+    end = tokenizers[0].end_token
+    shared = {"vocab_size": end + 1, "num_heads": 4, "projection_dim": 16, "max_positions": LENGTH, "end_token": end}
+    clips = [
+        ClipTextEncoder(ClipConfig(hidden_size=48, intermediate_size=192, num_layers=2, **shared)).to(device),
+        ClipTextEncoder(ClipConfig(hidden_size=64, intermediate_size=256, num_layers=3, activation="gelu", **shared)),
+    ]
+    clips[1].to(device)
+    tower = ImageTower([16, 16]).to(device)
+    pick = batches(len(data.scenes), 128, data.seed + 1)
+
+    def loss_at(step: int) -> Tensor:
+        rows, rng = pick(step), random.Random(f"{data.seed} clip {step}")
+        picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=2, q=2)
+        picture = picture.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3)) * rng.uniform(0.6, 1.6)
+        picture = picture.flip(3) if rng.random() < 0.5 else picture
+        seen = tower(picture.to(device))
+        captions, loss = data.captions(rows, step), 0.0
+        match = torch.arange(len(rows), device=device)
+        for clip, tokenizer, image in zip(clips, tokenizers, seen, strict=False):
+            text = clip(tokenizer(captions).to(device)).pooled
+            scores = tower.temperature.exp() * F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T
+            loss = loss + (F.cross_entropy(scores, match) + F.cross_entropy(scores.T, match)) / 4
+        return loss
+
+    parts = {"clip_l": clips[0], "clip_g": clips[1], "tower": tower}
+    train("clips", parts, loss_at, steps, folder, lr=2e-3, ema=0.98, device=device)
+    return [clip.requires_grad_(False).eval() for clip in clips]
+
+
+def train_transformer(data: Data, latents: Tensor, tokenizers, clips, folder: Path, steps: int,
+                      device: str) -> tuple[T5Encoder, MMDiT]:
+    """Flow matching: at σ the latent is (1 − σ) x₀ + σ ε, and the model learns the velocity ε − x₀.
+
+    T5 learns along. One caption in ten is empty, for guidance; in half of the others the pooled vector is the empty
+    caption's, for the same reason that SD3 drops its encoders one by one: no path may carry the prompt alone.
+    """
+    t5 = T5Encoder(T5Config(vocab_size=tokenizers[2].vocab_size, hidden_size=TRANSFORMER.context_dim, head_dim=32,
+                            intermediate_size=256, num_layers=2, num_heads=4)).to(device)
+    nn.init.normal_(t5.token_embedding.weight)
+    model = start_at_zero(MMDiT(TRANSFORMER)).to(device)
+    pick = batches(len(data.scenes), 64, data.seed + 2)
+    with torch.no_grad():
+        empty = torch.cat([c(t([""]).to(device)).pooled for c, t in zip(clips, tokenizers, strict=False)], dim=-1)
+
+    def loss_at(step: int) -> Tensor:
+        rows = pick(step)
+        captions = data.captions(rows, step)
+        image = latents[rows].float().to(device)
+        noise = torch.randn(image.shape).to(device)
+        sigma = torch.randn(len(rows)).sigmoid()
+        sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).to(device)
+        with torch.no_grad():
+            outputs = [c(t(captions).to(device)) for c, t in zip(clips, tokenizers, strict=False)]
+        states = torch.cat([o.penultimate for o in outputs], dim=-1)
+        states = F.pad(states, (0, TRANSFORMER.context_dim - states.shape[-1]))
+        context = torch.cat([states, t5(tokenizers[2](captions).to(device))], dim=1)
+        pooled = torch.cat([o.pooled for o in outputs], dim=-1)
+        pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
+        level = rearrange(sigma, "b -> b 1 1 1")
+        velocity = model((1 - level) * image + level * noise, sigma, context, pooled)
+        return F.mse_loss(velocity.float(), noise - image)
+
+    parts = {"t5": t5, "transformer": model}
+    train("transformer", parts, loss_at, steps, folder, lr=2e-3, muon_lr=0.02, ema=0.998, device=device)
+    return t5.eval(), model.eval()
+
+
+def start_at_zero(model: MMDiT) -> MMDiT:
+    """Modulations and the output start at zero, so that every block starts as the identity (adaLN-zero, DiT)."""
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or name.startswith("image_out"):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; a stopped run goes on")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of the transformer")
+    parser.add_argument("--autoencoder-steps", type=int, default=900)
+    parser.add_argument("--clip-steps", type=int, default=300)
+    parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    data = Data([sample_scene(rng) for _ in range(args.scenes)], args.seed)
+    tokenizers = train_tokenizers(data, args.out)
+    autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
+    clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
+    latents = encode(autoencoder, data, args.device)
+    t5, transformer = train_transformer(data, latents, tokenizers, clips, args.out, args.steps, args.device)
+    print("done; write the checkpoint with: python -m weights.tiny.export", args.out)
+
+
+if __name__ == "__main__":
+    main()
