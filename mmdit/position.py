@@ -13,7 +13,7 @@ def grid_positions(index: int, rows: int, columns: int, device=None) -> Tensor:
     row = torch.arange(rows, dtype=torch.float64, device=device)
     column = torch.arange(columns, dtype=torch.float64, device=device)
     grid = torch.stack(torch.meshgrid(torch.full((1,), index).to(row), row, column, indexing="ij"), dim=-1)
-    return rearrange(grid, "one rows columns axis -> (one rows columns) axis")
+    return rearrange(grid, "one rows columns xyz -> (one rows columns) xyz")
 
 
 def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:

@@ -10,7 +10,7 @@ def cosine_kernel(vectors: Tensor) -> Tensor:
     Works in the dtype of its input. A zero vector has no direction: its cosine with every other vector is 0.
     """
     norms = vectors.norm(dim=-1, keepdim=True)
-    units = vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
+    units = vectors / torch.where(norms > 0, norms, torch.inf)
     identity = torch.eye(vectors.shape[-2], dtype=vectors.dtype, device=vectors.device)
     return (units @ units.mT) * (1 - identity) + identity
 

@@ -33,7 +33,8 @@ def repel(tokens: Tensor, scale: float, iterations: int, *, objective: str = "ve
     whatever the tokens' dtype, and the result is rounded to that dtype once.
 
     Defined at the edges: scale 0 or a group of one returns the tokens as they are. Samples that coincide have no
-    direction to leave each other in: they move alike (where all coincide: not at all). A zero vector stays zero and
+    direction to leave each other in: they move alike, and where all coincide, not at all ("autograd": up to its
+    rounding, which a strong push can make visible). A zero vector stays zero and
     pushes nobody. Raises ValueError for NaN or infinite tokens, a batch that is no multiple of `groups`, and
     settings out of range.
     """

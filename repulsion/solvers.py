@@ -9,6 +9,7 @@ from .kernel import cosine_kernel
 from .objectives import density_matrix
 
 Objective = Callable[[Tensor], Tensor]
+SAME = 1e-14  # samples whose cosine is this close to 1 coincide as far as float64 can tell
 CHUNK = 1 << 18  # columns widened to float64 at a time
 
 
@@ -56,6 +57,7 @@ def mixing_matrix(gram: Tensor, scale: float, iterations: int, objective: Object
 
     With r_i = |c_i|⁻¹, K_ij = r_i r_j G_ij and W = ∂H/∂K (its diagonal 0, since K_ii is 1 whatever c_i is), the
     chain rule through the cosine gives ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i) = Σ_j D_ij c_j.
+    The term of a pair that coincides is 0; it is left out, or its rounding error would grow with every step.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     off_diagonal = 1 - identity
@@ -69,7 +71,7 @@ def mixing_matrix(gram: Tensor, scale: float, iterations: int, objective: Object
         kernel = (now * outer * off_diagonal + identity).requires_grad_()
         with torch.enable_grad():
             (w,) = torch.autograd.grad(objective(density_matrix(kernel, reg)).sum(), kernel)
-        w = w * off_diagonal
+        w = w * off_diagonal * (kernel < 1 - SAME)
         d = 2 * (outer * w - torch.diag_embed(r.square() * (w * kernel.detach()).sum(-1)))
         mixing = mixing + scale / iterations * (d @ current)
     return mixing

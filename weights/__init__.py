@@ -1,5 +1,6 @@
 """Checkpoint files <-> modules: the layouts of the original releases and of the hub, read and written."""
 
+from .embedded import EMBEDDED
 from .load import (
     load_autoencoder,
     load_text_encoder,
@@ -11,6 +12,6 @@ from .load import (
 from .names import CheckpointError
 
 __all__ = [
-    "CheckpointError", "load_autoencoder", "load_text_encoder", "load_transformer", "save_autoencoder",
+    "EMBEDDED", "CheckpointError", "load_autoencoder", "load_text_encoder", "load_transformer", "save_autoencoder",
     "save_text_encoder", "save_transformer",
 ]

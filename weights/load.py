@@ -64,8 +64,9 @@ def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: t
 
     Without `config` the sizes come from config.json or, for an original file, from its names and shapes; 64-wide
     heads are assumed where no q/k norm shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads.
-    A config must agree with the tensors. `dtype` None keeps what is stored. An original SD3 file's autoencoder is
-    passed over. Raises CheckpointError (a ValueError) for what does not fit, FileNotFoundError for a missing file.
+    A config must agree with the tensors. `dtype` None keeps what is stored; on the CPU such tensors stay views of the
+    file and are read when first used. An original SD3 file's autoencoder is passed over. Raises CheckpointError (a
+    ValueError) for what does not fit, FileNotFoundError for a missing file.
     """
     return _load((FLUX, SD3), path, "transformer", config, dtype, device)
 
@@ -118,8 +119,8 @@ def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["origin
     _save(AUTOENCODER, model, path, layout, max_shard_bytes, prefix)
 
 
-def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike, layout: Literal["original", "hub"] = "original",
-                      max_shard_bytes: int | None = None) -> None:
+def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
+                      layout: Literal["original", "hub"] = "original", max_shard_bytes: int | None = None) -> None:
     """Store a text encoder as one file or as a hub `text_encoder/` folder; see `save_transformer`."""
     _save(T5_TEXT if isinstance(model, T5Encoder) else CLIP_TEXT, model, path, layout, max_shard_bytes)
 

@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
     patch: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """One way in which files store one kind of module."""
 

@@ -35,13 +35,13 @@ class Shapes:
         return self.get(ours) is not None
 
     def __getitem__(self, ours: str) -> tuple[int, ...]:
-        shape = self.get(ours)
+        shape, stored = self.get(ours), self.layout.find(ours, Sizes())[0][0]
         if shape is None:
-            stored = self.layout.find(ours, Sizes())[0][0]
             raise CheckpointError(f"tensor {stored} is missing: the file is incomplete or another model's")
-        if len(shape) < (1 if ours.endswith(".bias") or ".norm" in ours else 2):
-            stored = self.layout.find(ours, Sizes())[0][0]
-            raise CheckpointError(f"tensor {stored} has shape {shape}, expected more axes: download it again")
+        axes = 1 if ".norm" in ours else 2
+        if len(shape) < axes or 0 in shape:
+            raise CheckpointError(f"tensor {stored} has shape {shape}, expected at least {axes} axes and no empty one: "
+                                  "download it again")
         return shape
 
     def count(self, ours: str) -> int:
@@ -67,12 +67,13 @@ def transformer_fields(shapes: Shapes) -> Fields:
     if found["position"] == "table":
         found["position_table_size"] = isqrt(shapes["position_table"][1])
     if found["qk_norm"]:
-        found["num_heads"] = width // max(shapes["dual_blocks.0.attention.image.norm_q.weight"][0], 1)
+        found["num_heads"] = width // shapes["dual_blocks.0.attention.image.norm_q.weight"][0]
     return found
 
 
 def transformer_rest(shapes: Shapes, found: Fields) -> Fields:
-    width, heads = found["hidden_size"], found.get("num_heads", found["hidden_size"] // 64)
+    width = found["hidden_size"]
+    heads = max(found.get("num_heads", width // 64), 1)
     rest = {"num_heads": heads, "mlp_ratio": shapes["dual_blocks.0.image.mlp.in_layer.weight"][0] / width}
     if found["position"] == "rope" and width // heads != 128:
         raise CheckpointError(
@@ -126,7 +127,7 @@ def t5_fields(shapes: Shapes) -> Fields:
     buckets, heads = shapes["relative_bias.weight"]
     return {
         "vocab_size": vocab_size, "hidden_size": width, "num_heads": heads, "relative_buckets": buckets,
-        "head_dim": shapes["layers.0.attention.qkv.weight"][0] // max(heads, 1),
+        "head_dim": shapes["layers.0.attention.qkv.weight"][0] // heads,
         "intermediate_size": shapes["layers.0.mlp.gate.weight"][0],
         "num_layers": shapes.count("layers.{}.attention.qkv.weight"),
     }

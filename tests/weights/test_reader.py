@@ -158,9 +158,16 @@ def test_pictures_that_share_everything_or_nothing():
     assert vendi(same) == pytest.approx(1, abs=1e-9)
     other = Scene((Thing("ring", "green", "medium"),), "top", "pink", "dotted")
     third = Scene((C, Thing("cross", "yellow"), Thing("triangle", "purple")), "row", "gray", "checked")
-    rows = attribute_vectors([PAIR, other, third])
-    assert torch.allclose(rows @ rows.T, torch.eye(3, dtype=torch.float64), atol=1e-12)
-    assert vendi(rows) == pytest.approx(3, abs=1e-9)
+    rows = attribute_vectors([other, third])
+    assert torch.allclose(rows @ rows.T, torch.eye(2, dtype=torch.float64), atol=1e-12)
+    assert vendi(rows) == pytest.approx(2, abs=1e-9)
+
+
+def test_things_that_are_not_there_are_shared_too():
+    """Beside a picture of three things, two of one thing have count, arrangement and two empty slots in common."""
+    three = Scene((Thing("circle", "red"),) * 3, "row", "navy", "plain")
+    rows = attribute_vectors([three, Scene((A,), "left", "pink", "dotted"), Scene((B,), "left", "gray", "checked")])
+    assert (rows[1] @ rows[2]).item() == pytest.approx(6 / 11)  # 4 of the frame, 3 + 2 + 2 of slots: no size in 2 and 3
 
 
 def test_dot_products_are_shares_of_common_attributes():

@@ -80,9 +80,6 @@ def test_colors_are_apart_from_each_other_and_from_every_shade_of_every_ground()
     assert torch.pdist(GROUND_RGB).min() * 255 >= 70
 
 
-# --- the bias
-
-
 def test_each_attribute_is_typical_six_times_in_ten():
     singles = [scene for scene in scenes_of(8000, seed=11) if len(scene.things) == 1]
     hits = Counter()
@@ -127,9 +124,6 @@ def test_things_of_a_scene_differ_in_shape_and_color():
     for scene in scenes_of(2000, seed=16):
         assert len({t.shape for t in scene.things}) == len({t.color for t in scene.things}) == len(scene.things)
         assert all((t.size is None) == (len(scene.things) == 3) for t in scene.things)
-
-
-# --- pictures
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -289,13 +283,12 @@ def test_forgetting_keeps_the_announced_shares():
     rng = random.Random(21)
     full = Scene((A, replace(B, size="large")), "above", "navy", "plain")
     partials = [forget(full, rng) for _ in range(6000)]
-    expected = {"ground": 0.15 + 0.75 * 0.55, "shape": 0.15 + 0.10 + 0.75 * 0.94}
     grounds = sum(p.ground is not None for p in partials) / 6000
     shapes = sum(t.shape is not None for p in partials for t in p.things) / 12000
-    assert abs(grounds - expected["ground"]) < 4 * math.sqrt(0.25 / 6000)
-    assert abs(shapes - expected["shape"]) < 4 * math.sqrt(0.06 / 12000)
-    whole = sum(p == full for p in partials) / 6000
-    assert 0.15 - 0.02 < whole < 0.15 + 0.02  # all eight kept by chance: 0.75 * 0.55^7 * ... < 0.01
+    assert abs(grounds - (0.15 + 0.75 * 0.55)) < 4 * math.sqrt(0.25 / 6000)
+    assert abs(shapes - (0.15 + 0.10 + 0.75 * 0.94)) < 4 * math.sqrt(0.06 / 12000)
+    whole = 0.15 + 0.75 * 0.55**7 * 0.94**2  # on purpose, or by chance
+    assert abs(sum(p == full for p in partials) / 6000 - whole) < 4 * math.sqrt(0.16 * 0.84 / 6000)
     # Once the arrangement is gone the order must carry nothing: the circle comes first half of the time.
     loose = [p for p in partials if p.arrangement is None and p.things[0].shape and p.things[1].shape]
     first = sum(p.things[0].shape == "circle" for p in loose) / len(loose)

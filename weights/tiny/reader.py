@@ -268,9 +268,9 @@ def adherence(prompted: Scene, found: Scene) -> float:
 def attribute_vectors(scenes: Sequence[Scene]) -> Tensor:
     """Unit-norm float64 rows (b, a) whose dot products are the share of attributes that two pictures share.
 
-    Attributes: number of things, arrangement, ground, texture, and shape, color and size of each slot; those that no
-    picture of the group has are left out, and two pictures that both lack one share it. The rows' cosine kernel gives
-    the Vendi score of the group. Raises ValueError for no scenes.
+    Attributes: number of things, arrangement, ground, texture, and shape, color and size of each slot. Those that no
+    picture of the group has are left out; of the others, two pictures without a thing in a slot share its attributes.
+    The rows' cosine kernel gives the Vendi score of the group. Raises ValueError for no scenes.
     """
     if not scenes:
         raise ValueError("no scenes to compare; give at least one")

@@ -7,7 +7,7 @@ and last the T5 encoder together with the MMDiT, by flow matching. About 75 minu
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from mmdit import (
     T5Tokenizer,
 )
 
+from .export import export
 from .loop import batches, chunks, train
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from .world import Scene, describe, forget, render, sample_scene
@@ -37,6 +38,8 @@ SHIFT = 2.0  # of the noise schedule, in training and in sampling
 AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
                           pooled_dim=32, position="table", position_table_size=16)
+SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "tiny",
+            "repulsion": {"scale": 1e6, "iterations": 20, "steps": 3}}
 
 
 @dataclass
@@ -86,12 +89,16 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
 
 
 @torch.no_grad()
-def encode(model: Autoencoder, data: Data, device: str) -> Tensor:
+def encode(model: Autoencoder, data: Data, folder: Path, device: str) -> Tensor:
     """All pictures as posterior means, then normalized to mean 0 and deviation 1: (count, c, H/4, W/4) float16.
 
     The two numbers of the normalization go into the autoencoder's config, as in the public checkpoints.
     """
-    found = []
+    file, found = folder / "latents.pt", []
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        model.config = replace(AUTOENCODER, shift=saved["shift"], scaling=saved["scaling"])
+        return saved["latents"]
     for part in chunks(len(data.scenes), 64):
         rows = torch.arange(part.start, part.stop)
         picture = data.pictures(rows, 10**6 + part.start).to(device)
@@ -99,8 +106,10 @@ def encode(model: Autoencoder, data: Data, device: str) -> Tensor:
             found.append(model.posterior(picture)[0].float().cpu())
     latents = torch.cat(found)
     shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
-    model.config = AutoencoderConfig(**{**vars(AUTOENCODER), "shift": shift, "scaling": scaling})
-    return ((latents - shift) * scaling).half()
+    latents = ((latents - shift) * scaling).half()
+    torch.save({"latents": latents, "shift": shift, "scaling": scaling}, file)
+    model.config = replace(AUTOENCODER, shift=shift, scaling=scaling)
+    return latents
 
 
 class ImageTower(nn.Module):
@@ -220,9 +229,10 @@ def main() -> None:
     tokenizers = train_tokenizers(data, args.out)
     autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
     clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
-    latents = encode(autoencoder, data, args.device)
+    latents = encode(autoencoder, data, args.out, args.device)
     t5, transformer = train_transformer(data, latents, tokenizers, clips, args.out, args.steps, args.device)
-    print("done; write the checkpoint with: python -m weights.tiny.export", args.out)
+    export(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
+    print(f"written to {args.out / 'checkpoint'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,6 @@
+"""From a prompt to pictures: schedules, the Euler loop, guidance, pipelines, the command line."""
+
+from .pipeline import Pipeline
+from .schedule import euler, sigmas, starting_noise
+
+__all__ = ["Pipeline", "euler", "sigmas", "starting_noise"]

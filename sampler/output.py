@@ -1,0 +1,101 @@
+"""Files: single pictures, grids, the labeled comparison; all of them or none."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+GAP = 8  # pixels between the pictures of a grid
+
+
+def enlarge(picture: Image.Image, least: int = 128) -> Image.Image:
+    """Small pictures become visible: sides multiplied by a whole number until they reach `least` pixels."""
+    factor = max(1, -(-least // min(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def grid(pictures: list[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size side by side, in rows of `columns` (default: about square, at most 4 wide) on white."""
+    pictures = [enlarge(p) for p in pictures]
+    columns = columns or min(len(pictures), 4)
+    rows = -(-len(pictures) // columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (GAP + i % columns * (width + GAP), GAP + i // columns * (height + GAP)))
+    return sheet
+
+
+def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Image:
+    """Labeled grids next to each other under a title."""
+    size = max(15, sheets[0][1].height // 18)
+    font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.25 * size))
+    top, label = round(2.2 * size), round(1.8 * size)
+    gap = 2 * GAP
+    width = sum(sheet.width for _, sheet in sheets) + gap * (len(sheets) - 1)
+    picture = Image.new("RGB", (width, top + label + sheets[0][1].height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((GAP, GAP), fit(f"“{title}”", large, width - 2 * GAP), fill="black", font=large)
+    x = 0
+    for name, sheet in sheets:
+        draw.text((x + GAP, top + GAP // 2), fit(name, font, sheet.width - 2 * GAP), fill=(90, 90, 90), font=font)
+        picture.paste(sheet, (x, top + label))
+        x += sheet.width + gap
+    return picture
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def save_png(picture: Image.Image, file: Path, about: dict[str, object]) -> None:
+    """A PNG that carries `about` as text entries (prompt, seed, settings)."""
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    picture.save(file, pnginfo=info)
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to, which takes its name only when everything in it is written.
+
+    Raises FileExistsError where `target` is there already and not to be overwritten. If the writing is cut short,
+    nothing remains of it, and an older folder stays as it was.
+    """
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already: choose another --out, or say --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work.chmod(0o755)
+    try:
+        yield work
+        if target.exists():
+            old = work.with_name(work.name + "-old")
+            os.replace(target, old)
+            os.replace(work, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def free_folder(base: Path) -> Path:
+    """`base`, or base-2, base-3, … : the first that does not exist."""
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder

@@ -1,0 +1,289 @@
+"""Loading and saving against the official outputs, there and back again, and against misuse."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import CLIP, FLUX, SD3, T5, TOLERANCE, VAE, difference, randomize, same_tensors
+
+from mmdit import (
+    PRESETS,
+    Autoencoder,
+    AutoencoderConfig,
+    ClipConfig,
+    ClipTextEncoder,
+    MMDiT,
+    MMDiTConfig,
+    T5Encoder,
+)
+from weights import (
+    CheckpointError,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    save_autoencoder,
+    save_text_encoder,
+    save_transformer,
+)
+
+DATA = Path(__file__).parents[1] / "data"
+FLUX_GOLDEN = MMDiTConfig(hidden_size=64, num_heads=2, num_dual_blocks=2, num_single_blocks=2, context_dim=48,
+                          pooled_dim=40, rope_axes=(8, 12, 12), guidance_embedding=True)
+
+
+# ---- official outputs and round trips
+
+
+GOLDEN = [("sd3-sai-rms", None), ("sd3-sai-dual", None), ("flux-bfl-guidance", FLUX_GOLDEN)]
+
+
+@pytest.mark.parametrize(("name", "config"), GOLDEN)
+def test_original_files_give_the_official_velocity(name, config):
+    inputs = load_file(DATA / f"{name}.io.safetensors")
+    velocity = inputs.pop("velocity")
+    model = load_transformer(DATA / f"{name}.safetensors", config)
+    with torch.no_grad():
+        assert difference(model(**inputs), velocity) < TOLERANCE
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 300_000])
+@pytest.mark.parametrize(("name", "config"), GOLDEN)
+def test_original_to_hub_and_back_is_bit_identical(tmp_path, name, config, max_shard_bytes):
+    model = load_transformer(DATA / f"{name}.safetensors", config)
+    save_transformer(model, tmp_path / "transformer", "hub", max_shard_bytes)
+    shards = len(list((tmp_path / "transformer").glob("*.safetensors")))
+    assert shards > 5 if max_shard_bytes else shards == 1
+    again = load_transformer(tmp_path)  # the folder around it, and no config: config.json has it
+    assert again.config == model.config
+    save_transformer(again, tmp_path / "x.safetensors")
+    same_tensors(load_file(tmp_path / "x.safetensors"), load_file(DATA / f"{name}.safetensors"))
+
+
+@pytest.mark.parametrize("scaling", ["flux", "sd3"])
+def test_autoencoder_and_text_encoders_come_back_bit_identical(tmp_path, scaling):
+    vae = replace(VAE, latent_channels=16, norm_groups=8, channels=(8, 16, 32))
+    vae = vae if scaling == "flux" else replace(vae, scaling=1.5305, shift=0.0609)
+    for load, save, module in [
+        (load_autoencoder, save_autoencoder, Autoencoder(vae)),
+        (load_text_encoder, save_text_encoder, ClipTextEncoder(CLIP)),
+        (load_text_encoder, save_text_encoder, ClipTextEncoder(replace(CLIP, projection_dim=16))),
+        (load_text_encoder, save_text_encoder, T5Encoder(T5)),
+    ]:
+        save(randomize(module), tmp_path / "a.safetensors")
+        first = load(tmp_path / "a.safetensors", module.config)
+        save(first, tmp_path / "hub", "hub", max_shard_bytes=5000)
+        second = load(tmp_path / "hub")
+        assert second.config == module.config
+        save(second, tmp_path / "b.safetensors")
+        same_tensors(second.state_dict(), module.state_dict())
+        same_tensors(load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "a.safetensors"))
+
+
+def test_dtypes_are_kept_or_cast(tmp_path):
+    model = MMDiT(FLUX).to(torch.bfloat16)
+    save_transformer(model, tmp_path / "transformer", "hub")
+    kept = load_transformer(tmp_path).state_dict()
+    same_tensors(kept, model.state_dict())
+    cast = load_transformer(tmp_path, dtype=torch.float32).state_dict()
+    same_tensors(cast, model.float().state_dict())
+
+
+def test_every_parameter_is_filled_and_still_trains(tmp_path):
+    save_transformer(MMDiT(SD3), tmp_path / "x.safetensors")
+    model = load_transformer(tmp_path / "x.safetensors")
+    assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
+    assert not model.position_table.requires_grad
+
+
+def test_a_model_may_change_and_be_saved_over_the_file_it_came_from(tmp_path):
+    """Loaded tensors may be views of the mapped file: changing them must not change it, nor replacing it them."""
+    path = tmp_path / "x.safetensors"
+    save_transformer(MMDiT(FLUX), path)
+    before, model = path.read_bytes(), load_transformer(path, FLUX)
+    randomize(model)
+    assert path.read_bytes() == before
+    save_transformer(model, path)
+    assert path.read_bytes() != before
+    same_tensors(load_transformer(path, FLUX).state_dict(), model.state_dict())
+
+
+# ---- what files may have more, less or otherwise
+
+
+def edit(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_t5_embedding_under_either_name_or_both(tmp_path):
+    path, model = tmp_path / "t5.safetensors", T5Encoder(T5)
+    save_text_encoder(model, path)
+    assert {"shared.weight", "encoder.embed_tokens.weight"} <= load_file(path).keys()  # as t5xxl_fp16.safetensors
+    for missing in ([], ["shared.weight"], ["encoder.embed_tokens.weight"]):
+        save_text_encoder(model, path)
+        edit(path, lambda tensors, missing=missing: [tensors.pop(name) for name in missing])
+        same_tensors(load_text_encoder(path).state_dict(), model.state_dict())
+    edit(path, lambda tensors: tensors.pop("shared.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor shared\.weight is missing"):
+        load_text_encoder(path)
+
+
+def test_clip_without_projection_or_with_old_position_ids(tmp_path):
+    path, model = tmp_path / "clip_l.safetensors", randomize(ClipTextEncoder(CLIP))
+    save_text_encoder(model, path)
+    edit(path, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(20)}))
+    same_tensors(load_text_encoder(path, CLIP).state_dict(), model.state_dict())
+
+    projected = load_text_encoder(path, replace(CLIP, projection_dim=32), dtype=torch.bfloat16)
+    assert projected.projection.weight.dtype == torch.bfloat16
+    ids = torch.tensor([[1, 7, 3, 59]])
+    assert torch.equal(projected(ids).pooled, load_text_encoder(path, CLIP, dtype=torch.bfloat16)(ids).pooled)
+    with pytest.raises(CheckpointError, match=r"one of shape \(16, 32\) cannot be the identity"):
+        load_text_encoder(path, replace(CLIP, projection_dim=16))
+    # Only a caller may ask for the identity: a hub folder whose projection got lost is damaged.
+    save_text_encoder(ClipTextEncoder(replace(CLIP, projection_dim=32)), tmp_path / "hub", "hub")
+    edit(tmp_path / "hub" / "model.safetensors", lambda tensors: tensors.pop("text_projection.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of .* first text_projection\.weight"):
+        load_text_encoder(tmp_path / "hub")
+
+
+def test_clip_sizes_that_an_original_file_does_not_hold(tmp_path):
+    for width, activation in [(768, "quick_gelu"), (128, "gelu")]:
+        config = ClipConfig(vocab_size=9, hidden_size=width, intermediate_size=8, num_layers=1, num_heads=width // 64,
+                            activation=activation, max_positions=4, end_token=8)
+        save_text_encoder(ClipTextEncoder(config), tmp_path / "clip.safetensors")
+        assert load_text_encoder(tmp_path / "clip.safetensors").config == config
+
+
+def test_a_merged_original_file_gives_each_loader_its_part(tmp_path):
+    """The layout of sd3_medium.safetensors: transformer and autoencoder in one file, each under its prefix."""
+    transformer = MMDiT(replace(SD3, latent_channels=16))
+    vae = Autoencoder(AutoencoderConfig(channels=(32, 32), blocks_per_level=1, scaling=1.5305, shift=0.0609))
+    save_transformer(transformer, tmp_path / "t.safetensors")
+    save_autoencoder(vae, tmp_path / "v.safetensors")
+    merged = tmp_path / "sd3.safetensors"
+    save_file(load_file(tmp_path / "t.safetensors") | load_file(tmp_path / "v.safetensors"), merged)
+    same_tensors(load_transformer(merged).state_dict(), transformer.state_dict())
+    same_tensors(load_autoencoder(merged).state_dict(), vae.state_dict())
+    assert load_autoencoder(merged).config == vae.config
+    edit(merged, lambda tensors: tensors.update({"cond_stage_model.x": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match="has 1 tensors the model has no place for, first cond_stage_model.x"):
+        load_transformer(merged)
+
+
+def test_original_names_without_prefix_are_read_too(tmp_path):
+    model = MMDiT(SD3)
+    save_transformer(model, tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    save_file({n.removeprefix("model.diffusion_model."): t for n, t in tensors.items()}, tmp_path / "x.safetensors")
+    same_tensors(load_transformer(tmp_path / "x.safetensors").state_dict(), model.state_dict())
+
+
+def test_hub_folders_without_config_json_tell_their_sizes(tmp_path):
+    for config in (SD3, replace(FLUX, hidden_size=256, rope_axes=(16, 56, 56))):
+        save_transformer(MMDiT(config), tmp_path / "transformer", "hub")
+        (tmp_path / "transformer" / "config.json").unlink()
+        assert load_transformer(tmp_path).config == config
+
+
+# ---- misuse
+
+
+@pytest.fixture
+def stored(tmp_path):
+    save_transformer(MMDiT(SD3), tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(stored):
+    name, whole = "model.diffusion_model.joint_blocks.1.context_block.mlp.fc1.bias", load_file(stored)
+    save_file({n: t for n, t in whole.items() if n != name}, stored)
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors .* lacks 1 of .* first {name} of shape \(512,\)"):
+        load_transformer(stored)
+    save_file(whole | {name: torch.ones(7)}, stored)
+    with pytest.raises(CheckpointError, match=rf"tensor {name} has shape \(7,\), expected \(512,\)"):
+        load_transformer(stored)
+    save_file(whole | {"model.diffusion_model.lora.up": torch.ones(7)}, stored)
+    with pytest.raises(CheckpointError, match=r"has 1 tensors .* first model\.diffusion_model\.lora\.up"):
+        load_transformer(stored)
+
+
+@pytest.mark.parametrize("name", [
+    "x_embedder.proj.weight", "pos_embed", "context_embedder.weight", "joint_blocks.0.x_block.attn.ln_q.weight",
+    "joint_blocks.0.x_block.mlp.fc1.weight",
+])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (999,), (0, 0), (5, 7), (2, 2, 2, 2)])
+def test_nonsense_shapes_never_escape_as_other_errors(stored, name, shape):
+    edit(stored, lambda tensors: tensors.update({f"model.diffusion_model.{name}": torch.ones(shape)}))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        load_transformer(stored)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_dual_blocks": 2}, "config says num_dual_blocks 2, the tensors say 3"),
+    ({"hidden_size": 64}, "config says hidden_size 64, the tensors say 128"),
+    ({"num_heads": 4}, "config says num_heads 4, the tensors say 2"),
+    ({"position_table_size": 192}, "config says position_table_size 192, the tensors say 12"),
+    ({"dual_attention_blocks": (0,)}, r"config says dual_attention_blocks \(0,\), the tensors say \(\)"),
+    ({"mlp_ratio": 2.0}, r"has shape \(512, 128\), expected \(256, 128\)"),
+])
+def test_a_config_that_contradicts_the_tensors_is_refused(stored, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_transformer(stored, replace(SD3, **change))
+    keys = {"num_dual_blocks": "num_layers", "position_table_size": "pos_embed_max_size",
+            "dual_attention_blocks": "dual_attention_layers"}
+    key = keys.get(next(iter(change)))
+    if key:  # the same in config.json
+        save_transformer(MMDiT(SD3), tmp_path / "hub", "hub")
+        hub = json.loads((tmp_path / "hub" / "config.json").read_text()) | {key: next(iter(change.values()))}
+        (tmp_path / "hub" / "config.json").write_text(json.dumps(hub))
+        with pytest.raises(CheckpointError, match=message):
+            load_transformer(tmp_path / "hub")
+
+
+def test_rotary_axes_cannot_be_guessed():
+    with pytest.raises(CheckpointError, match="heads are 32 wide.* give config=MMDiTConfig"):
+        load_transformer(DATA / "flux-bfl-guidance.safetensors")
+
+
+def test_a_loader_refuses_another_s_file(stored, tmp_path):
+    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor first_stage_model"):
+        load_autoencoder(stored)
+    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor text_model"):
+        load_text_encoder(stored)
+    save_text_encoder(T5Encoder(T5), tmp_path / "transformer", "hub")
+    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor double_blocks"):
+        load_transformer(tmp_path)
+    with pytest.raises(CheckpointError, match="config is a MMDiTConfig, expected a T5Config"):
+        load_text_encoder(tmp_path / "transformer", PRESETS["flux1-dev"])
+
+
+def test_autoencoders_whose_latents_nobody_describes_need_a_config(tmp_path):
+    save_autoencoder(Autoencoder(VAE), tmp_path / "ae.safetensors")
+    with pytest.raises(CheckpointError, match="scaling and shift of these latents are not known"):
+        load_autoencoder(tmp_path / "ae.safetensors")
+
+
+@pytest.mark.parametrize(("config", "layout", "message"), [
+    (replace(FLUX, num_single_blocks=0), "original", "original FLUX.1 layout takes context_ends_early False"),
+    (replace(FLUX, patch_size=1), "original", "original FLUX.1 layout takes patch_size 2"),
+    (replace(FLUX, mlp_ratio=3.0), "hub", "hub FLUX.1 layout takes mlp_ratio 4 for granted, this model has 3.0"),
+    (replace(FLUX, rope_theta=500), "hub", "hub FLUX.1 layout takes rope_theta 10000"),
+    (replace(SD3, num_single_blocks=1), "original", "original SD3 layout has no place for single_blocks.0"),
+    (replace(SD3, guidance_embedding=True), "hub", "hub SD3 layout has no place for guidance_in"),
+    (SD3, "comfy", 'layout must be "original" or "hub"'),
+])
+def test_models_that_a_layout_cannot_express_are_not_saved(tmp_path, config, layout, message):
+    with pytest.raises(CheckpointError, match=message):
+        save_transformer(MMDiT(config), tmp_path / ("x.safetensors" if layout == "original" else "x"), layout)
+    assert os.listdir(tmp_path) == []
+
+
+def test_original_files_are_not_sharded(tmp_path):
+    with pytest.raises(CheckpointError, match="max_shard_bytes is for layout"):
+        save_transformer(MMDiT(SD3), tmp_path / "x.safetensors", max_shard_bytes=1000)
