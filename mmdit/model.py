@@ -96,7 +96,8 @@ class MMDiT(nn.Module):
             fits = tensor.ndim == len(shape)
             fits = fits and all(isinstance(s, str) or s == t for s, t in zip(shape, tensor.shape, strict=True))
             if not fits:
-                raise ValueError(f"{name} must have the shape ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}")
+                expected = ", ".join(map(str, shape))
+                raise ValueError(f"{name} must have the shape ({expected}), got {tuple(tensor.shape)}")
         for name, picture in (("latent", latent), ("reference", reference)):
             if picture is not None and (picture.shape[2] % config.patch_size or picture.shape[3] % config.patch_size):
                 raise ValueError(f"{name} sides {tuple(picture.shape[2:])} must be multiples of the patch size "

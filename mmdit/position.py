@@ -26,7 +26,7 @@ def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tenso
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn neighbouring pairs (x₀, x₁) of the head dimension by their angle: (b, h, n, k), (n, k / 2) → (b, h, n, k)."""
+    """Turn neighboring pairs (x₀, x₁) of a head by their angle: (b, h, n, k), (n, k / 2) → (b, h, n, k)."""
     cos, sin = angles.cos().float(), angles.sin().float()
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -82,7 +82,7 @@ class Repulsion:
         return context, image
 
     def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
-        """The joint sequence of a single-stream block, context first: tokens (groups · B, N + M, D) → the same shape."""
+        """The sequence of a single-stream block, context first: tokens (groups · B, N + M, D) → the same shape."""
         if self.tokens == "image":
             start, stop = num_context, None
         else:

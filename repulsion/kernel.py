@@ -16,13 +16,13 @@ def cosine_kernel(vectors: Tensor) -> Tensor:
 
 
 def von_neumann_entropy(kernel: Tensor) -> Tensor:
-    """Entropy −Σ λ log λ of the eigenvalues of K / tr K, in nats: kernel (…, B, B) → (…), from 0 to log B (paper Eq. 4)."""
+    """Entropy −Σ λ log λ of the eigenvalues of K / tr K, in nats: (…, B, B) → (…), from 0 to log B (paper Eq. 4)."""
     density = kernel / kernel.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return torch.special.entr(torch.linalg.eigvalsh(density).clamp(min=0)).sum(-1)
 
 
 def vendi_score(vectors: Tensor) -> Tensor:
-    """The effective number of different samples, exp H: vectors (…, B, D) → (…), from 1 (all alike) to B (all orthogonal).
+    """The effective number of samples, exp H: vectors (…, B, D) → (…), from 1 (all alike) to B (all orthogonal).
 
     Friedman and Dieng, "The Vendi Score" (2023), with the cosine kernel, computed in float64.
     """

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--iterations", type=int, help="M, the small steps that one push is made of")
     r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
-    r.add_argument("--site", choices=["attention", "block"], help="what the attention returns, or what the block returns")
+    r.add_argument("--site", choices=["attention", "block"], help="push what the attention or what the block returns")
     r.add_argument("--tokens", choices=["context", "image"], help="what is pushed: text tokens, or image tokens")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")

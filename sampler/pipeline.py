@@ -59,8 +59,9 @@ class Pipeline:
         """
         folder = weights.EMBEDDED.get(str(name_or_path), Path(name_or_path))
         if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"no model {str(name_or_path)!r}: it is neither one of {', '.join(weights.EMBEDDED)} "
-                                    "nor a folder with a model_index.json")
+            known = ", ".join(weights.EMBEDDED)
+            raise FileNotFoundError(f"no model {str(name_or_path)!r}: it is neither one of {known} nor a folder with a "
+                                    "model_index.json")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         where = {"dtype": dtype, "device": device}
@@ -197,5 +198,5 @@ def read_json(file: Path) -> dict:
 
 def to_picture(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
-    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    return Image.frombytes("RGB", (pixels.shape[2], pixels.shape[1]), bytes(rearrange(pixels, "c y x -> (y x c)").tolist()))
+    pixels = rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "c y x -> y x c").contiguous()
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.untyped_storage()))

@@ -7,8 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from repulsion import vendi_score
+from weights.tiny.captions import parse
 from weights.tiny.reader import adherence, attribute_vectors, read
-from weights.tiny.world import Scene, parse
+from weights.tiny.world import Scene
 
 
 def to_pixels(pictures: list[Image.Image]) -> Tensor:
@@ -71,7 +72,8 @@ def table(base: dict | None, repelled: dict | None, images: int) -> str:
         rows.append(("adherence", [f"{100 * c['adherence']:.0f} %" for _, c in columns]))
     names = dict.fromkeys(name for _, c in columns for name in c.get("attributes", {}))
     for name in names:
-        rows.append((name, [", ".join(f"{v} {k}" for k, v in c["attributes"].get(name, {}).items()) for _, c in columns]))
+        counts = [c["attributes"].get(name, {}) for _, c in columns]
+        rows.append((name, [", ".join(f"{number} {value}" for value, number in count.items()) for count in counts]))
     rows.append(("seconds", [f"{c['seconds']:.2f}" for _, c in columns]))
     widths = [max(len(row[1][i]) for row in rows) for i in range(len(columns))]
     first = max(len(row[0]) for row in rows)

@@ -44,7 +44,7 @@ def test_one_step_follows_the_gradient_written_by_hand(solver):
     scale = 1e-3
     step = (repel(tokens, scale, 1, solver=solver) - tokens).flatten(1) / scale
     expected = entropy_gradient_by_hand(tokens.flatten(1))
-    # float64, lost to cancellation in cosines of 0.999: 1e-16 / 1e-3; the difference quotient loses another 1e-16 / 1e-3
+    # float64; the cosines of 0.999 lose three digits to cancellation, the difference quotient another three
     assert ((step - expected).norm() / expected.norm()).item() < 1e-9
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from weights.tiny.captions import WORDS, describe, parse
 from weights.tiny.world import (
     ARRANGEMENTS,
     COLOR_RGB,
@@ -21,12 +22,9 @@ from weights.tiny.world import (
     TEXTURES,
     TYPICAL,
     TYPICAL_ARRANGEMENT,
-    WORDS,
     Scene,
     Thing,
-    describe,
     forget,
-    parse,
     place,
     render,
     sample_scene,

@@ -28,7 +28,8 @@ def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) 
 
 
 def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Tensor], steps: int, folder: Path, *,
-          lr: float, muon_lr: float | None = None, ema: float = 0.0, device: str = "cpu", save_every: int = 250) -> None:
+          lr: float, muon_lr: float | None = None, ema: float = 0.0, device: str = "cpu",
+          save_every: int = 250) -> None:
     """Minimize `loss_at(step)` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
 
     `loss_at` draws its data from the step's number alone, so a run that was stopped goes on as if it had not been.

@@ -28,10 +28,11 @@ from mmdit import (
     T5Tokenizer,
 )
 
+from .captions import describe
 from .export import export
 from .loop import batches, chunks, train
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
-from .world import Scene, describe, forget, render, sample_scene
+from .world import Scene, forget, render, sample_scene
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 2.0  # of the noise schedule, in training and in sampling
@@ -214,9 +215,9 @@ def start_at_zero(model: MMDiT) -> MMDiT:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; a stopped run goes on")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the transformer")
-    parser.add_argument("--autoencoder-steps", type=int, default=900)
-    parser.add_argument("--clip-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=4600, help="steps of the transformer")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,6 @@ Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, wh
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -239,82 +238,3 @@ def check_complete(scene: Scene, index: int) -> None:
     for name, value, values in wanted:
         if value not in values:
             raise ValueError(f"scene {index}: {name} is {value!r}; to render it, choose one of {', '.join(values)}")
-
-
-POSITION_WORDS = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
-                  "center": "in the center"}  # fmt: skip
-REVERSED = {"left of": "right of", "above": "below"}
-SYNONYMS = {"grey": "gray", "background": "ground", "the": "a", "an": "a", "middle": "center", "violet": "purple",
-            "big": "large", "centre": "center", "at": "on", "in": "on", "under": "below"}  # fmt: skip
-WORDS = (  # every word that a caption can hold, the comma included
-    *SHAPES, *COLORS, *SIZES, *GROUNDS, *TEXTURES, *ARRANGEMENTS[1], "above", "below", "of", "row", "column",
-    "a", "an", "the", "on", "at", "in", "and", ",", "shape", "ground", "nothing",
-)  # fmt: skip
-
-
-def describe(scene: Scene, rng: random.Random | None = None) -> str:
-    """Caption of everything that a (partial) scene says, in lower case and at most 22 words of WORDS.
-
-    With `rng`, half of the pairs are told the other way round ("right of", "below"), which means the same.
-    """
-    names = [article(" ".join(filter(None, (t.size, t.color, t.shape or "shape")))) for t in scene.things]
-    if not names:
-        text = "nothing"
-    elif len(names) == 1:
-        text = " ".join(filter(None, (names[0], POSITION_WORDS.get(scene.arrangement))))
-    elif len(names) == 2 and scene.arrangement:
-        first, relation, second = names[0], scene.arrangement, names[1]
-        if rng is not None and rng.random() < 0.5:
-            first, relation, second = second, REVERSED[relation], first
-        text = f"{first} {relation} {second}"
-    else:
-        text = ", ".join(names[:-1]) + " and " + names[-1]
-        text += f" in a {scene.arrangement}" if scene.arrangement else ""
-    if scene.texture or scene.ground:
-        text += " on " + article(" ".join(filter(None, (scene.texture, scene.ground, "ground"))))
-    return text
-
-
-def article(noun: str) -> str:
-    """The noun phrase with "a" or "an" before it."""
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def parse(prompt: str) -> Scene:
-    """The partial scene that a prompt speaks of: the inverse of `describe`, lenient in case, articles and synonyms.
-
-    Raises ValueError naming the first word the world does not know, or the phrase that makes no sense.
-    """
-    words = re.findall(r"\w+|[^\w\s]", prompt.lower().strip().rstrip("."))
-    if unknown := [word for word in words if word not in WORDS and word not in SYNONYMS]:
-        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; the tiny world knows: {' '.join(WORDS)}")
-    words = [SYNONYMS.get(word, word) for word in words]
-    text = " ".join(word for word in words if word != "a")  # no article is left, and "at" and "in" became "on"
-
-    texture, ground = None, None
-    if found := re.search(rf" on(?: ({'|'.join(TEXTURES)}))?(?: ({'|'.join(GROUNDS)}))?(?: ground)?(?<! on)$", text):
-        (texture, ground), text = found.groups(), text[: found.start()]
-    arrangement = None
-    if found := re.search(r" on (left|right|top|bottom|center|row|column|triangle)$", text):
-        arrangement, text = found[1], text[: found.start()]
-    elif found := re.search(r" (?:on )?(left of|above|right of|below) ", text):
-        arrangement, first, second = found[1], text[: found.start()], text[found.end() :]
-        if arrangement in REVERSED.values():
-            arrangement, first, second = {v: k for k, v in REVERSED.items()}[arrangement], second, first
-        text = f"{first} and {second}"
-    phrases = re.split(r" ?, and | ?, | and ", text) if text != "nothing" else []
-    things = tuple(parse_thing(phrase, prompt) for phrase in phrases)
-    if len(things) > 3:
-        raise ValueError(f"{len(things)} things in {prompt!r}; a picture holds at most 3")
-    if arrangement not in (None, *ARRANGEMENTS.get(len(things), ())):
-        raise ValueError(f"{arrangement!r} does not fit {len(things)} thing(s) in {prompt!r}")
-    return Scene(things, arrangement, ground, texture)
-
-
-def parse_thing(phrase: str, prompt: str) -> Thing:
-    """The thing that "small red circle" names; ValueError if the phrase is anything else."""
-    pattern = rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)}|shape)"
-    if not (found := re.fullmatch(pattern, phrase.strip())):
-        raise ValueError(f"cannot read {phrase!r} in {prompt!r}; say a thing as '[size] [color] shape'")
-    size, color, shape = found.groups()
-    return Thing(None if shape == "shape" else shape, color, size)
