@@ -41,7 +41,7 @@ class MMDiTConfig:
         if self.num_single_blocks < 0:
             raise ValueError(f"MMDiTConfig: num_single_blocks must not be negative, got {self.num_single_blocks}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"MMDiTConfig: hidden_size {self.hidden_size} is no multiple of the {self.num_heads} heads")
+            raise ValueError(f"MMDiTConfig: hidden_size {self.hidden_size} is no multiple of {self.num_heads} heads")
         if self.position not in ("rope", "table"):
             raise ValueError(f'MMDiTConfig: position must be "rope" or "table", got {self.position!r}')
         if self.position == "rope" and (

@@ -60,7 +60,8 @@ class TextEncoders:
             count, limit = max(cut, key=lambda pair: pair[1])
             raise ValueError(f"the prompt has {count} tokens and this checkpoint reads {limit}: shorten it")
         if cut:
-            warnings.warn(f"CLIP reads only {cut[0][1]} of the prompt's {cut[0][0]} tokens; T5 reads them all", stacklevel=3)
+            message = f"CLIP reads only {cut[0][1]} of the prompt's {cut[0][0]} tokens; T5 reads them all"
+            warnings.warn(message, stacklevel=3)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -1,0 +1,148 @@
+"""The program as a user calls it: what it writes, what it prints, and how wrong calls end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from sampler import __main__ as cli
+from sampler import output
+
+
+@pytest.fixture
+def call(pipeline, monkeypatch, tmp_path):
+    """Runs the program in this process, with the checkpoint loaded once, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    load = cli.Pipeline.load.__func__
+
+    def quick_load(cls, model, **where):
+        return pipeline if model == "tiny-sd3" else load(cls, model, **where)
+
+    monkeypatch.setattr(cli.Pipeline, "load", classmethod(quick_load))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sampler", *arguments])
+        return cli.main()
+
+    return run
+
+
+def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):
+    assert call("a circle", "--images", "2", "--steps", "3", "--seed", "7", "--scale", "1e5") == 0
+    folder = tmp_path / "outputs" / "a-circle"
+    names = {f"{batch}{part}.png" for batch in ("base", "repelled") for part in ("", "-00", "-01")}
+    assert {file.name for file in folder.iterdir()} == names | {"compare.png", "summary.json"}
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["prompt"] == "a circle" and summary["seed"] == 7 and summary["steps"] == 3
+    assert summary["guidance"] == 4.5 and summary["repulsion"]["scale"] == 1e5
+    for batch in summary["batches"].values():
+        assert 1 <= batch["vendi"] <= 2 and 0 <= batch["adherence"] <= 1 and batch["seconds"] > 0
+        assert all(sum(counts.values()) <= 6 for counts in batch["attributes"].values())
+
+    single = Image.open(folder / "repelled-01.png")
+    assert single.size == (64, 64)
+    assert single.text["prompt"] == "a circle" and single.text["seed"] == "7" and single.text["index"] == "1"
+    assert json.loads(single.text["repulsion"])["scale"] == 1e5
+    assert json.loads(Image.open(folder / "base-00.png").text["repulsion"]) is None
+    printed = capsys.readouterr().out
+    assert "Vendi score (1 to 2)" in printed and "adherence" in printed and str(folder.relative_to(tmp_path)) in printed
+
+
+def test_the_grid_holds_the_single_pictures(call, tmp_path):
+    call("a star", "--images", "3", "--steps", "2", "--out", "here")
+    sheet, single = Image.open(tmp_path / "here/base.png"), Image.open(tmp_path / "here/base-02.png")
+    x = output.GAP + 2 * (128 + output.GAP)
+    cut = sheet.crop((x, output.GAP, x + 128, output.GAP + 128))
+    assert cut.tobytes() == single.resize((128, 128), Image.Resampling.NEAREST).tobytes()
+
+
+def test_existing_output_is_kept_unless_told_otherwise(call, tmp_path, capsys):
+    quick = ("a star", "--images", "1", "--steps", "1")
+    assert call(*quick, "--out", "here") == 0
+    before = (tmp_path / "here/summary.json").read_bytes()
+    assert call(*quick, "--out", "here", "--seed", "1") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "here/summary.json").read_bytes() == before
+    assert call(*quick, "--out", "here", "--seed", "1", "--overwrite") == 0
+    assert json.loads((tmp_path / "here/summary.json").read_text())["seed"] == 1
+    assert call(*quick) == 0 and call(*quick) == 0
+    assert {f.name for f in (tmp_path / "outputs").iterdir()} == {"a-star", "a-star-2"}
+
+
+def test_no_compare_makes_the_repelled_batch_alone(call, tmp_path):
+    assert call("a star", "--images", "1", "--steps", "1", "--no-compare", "--out", "here") == 0
+    assert {f.name for f in (tmp_path / "here").iterdir()} == {"repelled.png", "repelled-00.png", "summary.json"}
+
+
+def test_ctrl_c_leaves_nothing_half_written(call, tmp_path, monkeypatch, capsys):
+    save, saved = output.save_png, []
+
+    def interrupted(picture, file, about):
+        saved.append(file)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(picture, file, about)
+
+    monkeypatch.setattr(output, "save_png", interrupted)
+    assert call("a star", "--images", "2", "--steps", "1", "--out", "here") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(saved) == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_every_option_reaches_the_settings():
+    arguments = cli.parser().parse_args(["p", "--scale", "3", "--iterations", "4", "--repel-steps", "5", "--blocks",
+                                         "0-2,7", "--site", "block", "--tokens", "image"])
+    found = cli.settings(arguments, None)
+    assert (found.scale, found.iterations, found.steps, found.blocks, found.site, found.tokens) == (
+        3, 4, 5, (0, 1, 2, 7), "block", "image")
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["a circle", "--model", "tiny-sd9"], "no model 'tiny-sd9'"),
+    (["a circle", "--width", "60"], "width 60 is no multiple of 8: the nearest that works is 64"),
+    (["a circle", "--images", "0"], "images must be at least 1"),
+    (["a circle", "--steps", "0"], "steps must be at least 1"),
+    (["a circle", "--scale", "-1"], "repulsion scale must be a finite number, 0 or more, got -1.0"),
+    (["a circle", "--scale", "nan"], "repulsion scale must be"),
+    (["a circle", "--iterations", "0"], "iterations must be at least 1"),
+    ([""], "the prompt is empty"),
+    (["a red circle and " * 9], "tokens and this checkpoint reads 24"),
+    (["a circle", "--negative", "x", "--guidance", "1"], "negative_prompt needs"),
+])  # fmt: skip
+def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, arguments, message):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--site", "mlp"], []])
+def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.parser().parse_args(arguments)
+    assert stop.value.code == 2
+
+
+def test_as_a_process_a_truncated_file_is_one_line_and_exit_code_2(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    (folder / "transformer").mkdir()
+    (folder / "transformer/config.json").write_text("{}")
+    (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    done = subprocess.run([sys.executable, "-m", "sampler", "a circle", "--model", str(folder), "--out",
+                           str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "diffusion_pytorch_model.safetensors" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ("examples:", "--scale", "--repel-steps", "entropy", "outputs/<prompt>"):
+        assert word in text

@@ -1,0 +1,97 @@
+"""Schedules against the original formulas and diffusers' scheduler; the Euler loop against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from sampler import euler, sigmas, starting_noise
+
+RELATIVE = 1e-6  # the issue's bound; float32 holds 6e-8
+
+
+def close(found, expected):
+    np.testing.assert_allclose(np.asarray(found, dtype=np.float64), expected, rtol=RELATIVE, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_schnell_is_a_straight_line(steps):
+    close(sigmas(steps), [1 - i / steps for i in range(steps)] + [0])
+
+
+@pytest.mark.parametrize("steps,tokens", [(20, 4096), (28, 1024), (50, 256), (7, 2304)])
+def test_dev_follows_its_exponential_shift(steps, tokens):
+    mu = 0.5 + (tokens - 256) / (4096 - 256) * (1.15 - 0.5)
+    expected = [math.exp(mu) / (math.exp(mu) + 1 / (1 - i / steps) - 1) for i in range(steps)] + [0]
+    close(sigmas(steps, image_tokens=tokens), expected)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    close(sigmas(steps, image_tokens=tokens), scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize("steps", [2, 4, 28, 40])
+@pytest.mark.parametrize("shift", [3.0, 2.0, 1.0])
+def test_sd3_shifts_twice_and_ends_above_one_thousandth(steps, shift):
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+
+    end = shifted(1 / 1000)
+    expected = [shifted(1 + (end - 1) * i / (steps - 1)) for i in range(steps)] + [0]
+    close(sigmas(steps, shift=shift, spacing="sd3"), expected)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    close(sigmas(steps, shift=shift, spacing="sd3"), scheduler.sigmas.numpy())
+
+
+def test_sd3_in_one_step_goes_all_the_way():
+    close(sigmas(1, shift=3.0, spacing="sd3"), [1, 0])
+
+
+@pytest.mark.parametrize("call,message", [
+    ({"steps": 0}, "steps must be at least 1, got 0"), ({"steps": 4, "shift": 0.0}, "shift must be"),
+    ({"steps": 4, "shift": math.inf}, "shift must be"), ({"steps": 4, "spacing": "karras"}, '"flux" or "sd3"'),
+])  # fmt: skip
+def test_bad_schedules_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        sigmas(**call)
+
+
+def test_euler_along_a_straight_path_is_exact_in_any_number_of_steps():
+    torch.manual_seed(0)
+    noise, image = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for levels in (sigmas(1), sigmas(7), sigmas(9, shift=3.0, spacing="sd3")):
+        found = euler(lambda x, sigma, step: noise - image, noise, levels)
+        torch.testing.assert_close(found, image, rtol=1e-6, atol=1e-6)  # σ is float32
+
+
+def test_euler_converges_to_the_exact_flow_of_a_gaussian():
+    # Pictures N(0, s²), noise N(0, 1): the velocity is linear in x, and the flow multiplies x by s as σ goes 1 → 0.
+    s = 0.5
+
+    def velocity(x, sigma, step):
+        variance = (1 - sigma) ** 2 * s**2 + sigma**2
+        return x * (sigma - (1 - sigma) * s**2) / variance
+
+    noise = torch.tensor([[1.0, -2.0, 0.3]], dtype=torch.float64)
+    errors = [(euler(velocity, noise, sigmas(n)) - s * noise).norm().item() for n in (50, 100, 200)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)  # first order
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    assert errors[2] < 0.01
+
+
+def test_euler_tells_the_velocity_where_it_is():
+    seen = []
+    euler(lambda x, sigma, step: seen.append((sigma, step)) or x * 0, torch.zeros(1), torch.tensor([1.0, 0.5, 0.0]))
+    assert seen == [(1.0, 0), (0.5, 1)]
+
+
+def test_noise_of_a_picture_depends_on_seed_and_index_alone():
+    eight = starting_noise(3, 8, (2, 4, 4))
+    assert torch.equal(starting_noise(3, 1, (2, 4, 4)), eight[:1])
+    assert torch.equal(starting_noise(3, 4, (2, 4, 4)), eight[:4])
+    others = torch.cat([starting_noise(seed, 8, (2, 4, 4)) for seed in range(5)]).flatten(1)
+    assert torch.unique(others, dim=0).shape[0] == 40  # no picture shares its noise with another seed's
+    many = starting_noise(0, 2000, (16,))
+    assert abs(many.mean().item()) < 4 / math.sqrt(32000) and abs(many.var().item() - 1) < 4 * math.sqrt(2 / 32000)
