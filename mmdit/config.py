@@ -35,17 +35,21 @@ class MMDiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "rope_axes", tuple(self.rope_axes))
         object.__setattr__(self, "dual_attention_blocks", tuple(self.dual_attention_blocks))
-        for name in ("hidden_size", "num_heads", "num_dual_blocks", "latent_channels", "patch_size"):
+        for name in ("hidden_size", "num_heads", "num_dual_blocks", "latent_channels", "patch_size", "context_dim",
+                     "pooled_dim", "mlp_width", "position_table_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"MMDiTConfig: {name} must be at least 1, got {getattr(self, name)}")
         if self.num_single_blocks < 0:
             raise ValueError(f"MMDiTConfig: num_single_blocks must not be negative, got {self.num_single_blocks}")
+        if self.position == "table" and self.hidden_size % 4:
+            raise ValueError(f"MMDiTConfig: a position table needs a hidden_size that is a multiple of 4, got "
+                             f"{self.hidden_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"MMDiTConfig: hidden_size {self.hidden_size} is no multiple of {self.num_heads} heads")
         if self.position not in ("rope", "table"):
             raise ValueError(f'MMDiTConfig: position must be "rope" or "table", got {self.position!r}')
         if self.position == "rope" and (
-            sum(self.rope_axes) != self.head_dim or len(self.rope_axes) != 3 or any(a % 2 for a in self.rope_axes)
+            sum(self.rope_axes) != self.head_dim or len(self.rope_axes) != 3 or any(a % 2 or a < 2 for a in self.rope_axes)
         ):
             raise ValueError(
                 f"MMDiTConfig: rope_axes must be three even numbers that sum to the head width {self.head_dim}, "
@@ -59,10 +63,12 @@ class MMDiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head, k."""
         return self.hidden_size // self.num_heads
 
     @property
     def mlp_width(self) -> int:
+        """Width inside the MLPs."""
         return int(self.hidden_size * self.mlp_ratio)
 
     @property

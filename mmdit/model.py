@@ -81,7 +81,7 @@ class MMDiT(nn.Module):
         return image, rope_angles(torch.cat(positions), self.config.rope_axes, self.config.rope_theta)
 
     def _check(self, latent, timestep, context, pooled, guidance, reference, groups) -> None:
-        config, b = self.config, latent.shape[0]
+        config, b = self.config, latent.shape[0] if latent.ndim else 0
         wanted = {
             "latent": (latent, ("B", config.latent_channels, "H", "W")),
             "timestep": (timestep, (b,)),
@@ -93,11 +93,13 @@ class MMDiT(nn.Module):
         for name, (tensor, shape) in wanted.items():
             if tensor is None:
                 continue
-            fits = tensor.ndim == len(shape)
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} must be a tensor, got a {type(tensor).__name__}")
+            fits = tensor.ndim == len(shape) and 0 not in tensor.shape
             fits = fits and all(isinstance(s, str) or s == t for s, t in zip(shape, tensor.shape, strict=True))
             if not fits:
                 expected = ", ".join(map(str, shape))
-                raise ValueError(f"{name} must have the shape ({expected}), got {tuple(tensor.shape)}")
+                raise ValueError(f"{name} must have the shape ({expected}), got ({', '.join(map(str, tensor.shape))})")
         for name, picture in (("latent", latent), ("reference", reference)):
             if picture is not None and (picture.shape[2] % config.patch_size or picture.shape[3] % config.patch_size):
                 raise ValueError(f"{name} sides {tuple(picture.shape[2:])} must be multiples of the patch size "

@@ -27,8 +27,9 @@ def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tenso
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn neighboring pairs (x₀, x₁) of a head by their angle: (b, h, n, k), (n, k / 2) → (b, h, n, k)."""
-    cos, sin = angles.cos().float(), angles.sin().float()
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)  # the angles are float64
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 

@@ -43,19 +43,6 @@ class T5Config:
             )
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, eps 1e-6; the mean is float32 at least, whatever the dtype of x."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalized = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)
-        return normalized.to(x.dtype) * self.weight
-
-
 class T5Attention(nn.Module):
     """Self-attention of every token with every other, (b, n, d) and bias (1, h, n, n) -> (b, n, d)."""
 
@@ -91,9 +78,9 @@ class T5Layer(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.norm_1 = RMSNorm(config.hidden_size)
+        self.norm_1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.attention = T5Attention(config)
-        self.norm_2 = RMSNorm(config.hidden_size)
+        self.norm_2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.mlp = T5MLP(config)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -113,7 +100,7 @@ class T5Encoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.relative_bias = nn.Embedding(config.relative_buckets, config.num_heads)
         self.layers = nn.ModuleList(T5Layer(config) for _ in range(config.num_layers))
-        self.final_norm = RMSNorm(config.hidden_size)
+        self.final_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Encode token ids (b, n), int64, into the last states after the final norm (b, n, d).

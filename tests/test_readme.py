@@ -1,0 +1,56 @@
+"""The README's promises that can be checked: its equation map, its commands, its pictures."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def equation_map():
+    section = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()
+            if line.startswith("| ") and "---" not in line][1:]
+    return [(row[0], *(re.findall(r"`([^`]+)`", cell) for cell in row[1:])) for row in rows]
+
+
+def test_the_map_holds_every_equation_of_the_method():
+    what = " ".join(row[0] for row in equation_map())
+    for equation in ("Eq. 1", "Eq. 2", "Eq. 3", "Eq. 4", "τ", "CFG"):
+        assert equation in what
+
+
+@pytest.mark.parametrize("row", equation_map(), ids=lambda row: row[0])
+def test_each_row_points_at_a_line_and_a_test_that_are_there(row):
+    what, (symbol,), (line,), tests = row
+    package, *names = symbol.split(".")
+    found = importlib.import_module(package)
+    for i, name in enumerate(names):
+        if not hasattr(found, name) or inspect.ismodule(getattr(found, name)):
+            found = importlib.import_module(".".join([package, *names[: i + 1]]))
+        else:
+            found = getattr(found, name)
+    assert line in inspect.getsource(found), f"{what}: {symbol} has no line {line!r}"
+    assert tests, f"{what} has no test"
+    for test in tests:
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{what}: no test {test}"
+
+
+def test_the_two_commands_are_those_that_ci_runs():
+    gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in ('pip install -c constraints.txt -e . && python -m sampler "a circle"',
+                    'pip install -c constraints.txt -e ".[test]" && pytest'):
+        assert command in README and command in gate
+
+
+def test_every_file_that_the_readme_shows_or_links_to_exists():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
+    links += re.findall(r'(?:src|href)="(?!https?:)([^"]+)"', README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link

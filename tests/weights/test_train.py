@@ -1,0 +1,62 @@
+"""The training script: a stopped run goes on as if it had not stopped, and what it writes is a checkpoint."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from sampler import Pipeline
+from weights.tiny import train as script
+from weights.tiny.loop import batches, optimizers, train
+
+
+def small_run(folder, steps, stop_at=None):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)]), "out": nn.Linear(8, 2)})
+    pick = batches(64, 16, seed=1)
+    data = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+
+    def loss_at(step):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = data[pick(step)]
+        return (net["out"](net["blocks"][0](x)) - x[:, :2] + 0.1 * torch.randn(16, 2)).square().mean()
+
+    train("net", {"net": net}, loss_at, steps, folder, lr=1e-2, muon_lr=1e-2, ema=0.9, save_every=5)
+    return net.state_dict()
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path):
+    unbroken = small_run(tmp_path / "a", 20)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path / "b", 20, stop_at=13)
+    assert torch.load(tmp_path / "b/net.pt", weights_only=True)["step"] == 10
+    resumed = small_run(tmp_path / "b", 20)
+    assert all(torch.equal(resumed[key], unbroken[key]) for key in unbroken)
+    again = small_run(tmp_path / "b", 20)  # a finished run loads and does nothing
+    assert all(torch.equal(again[key], unbroken[key]) for key in unbroken)
+
+
+def test_batches_show_every_example_once_an_epoch():
+    pick = batches(60, 20, seed=0)
+    first, second = ([tuple(pick(step).tolist()) for step in steps] for steps in (range(3), range(3, 6)))
+    assert sorted(i for batch in first for i in batch) == list(range(60)) and first != second
+
+
+def test_muon_gets_the_matrices_of_blocks_and_nothing_else():
+    block = nn.ModuleDict({"qkv": nn.Linear(4, 4), "modulation": nn.Linear(4, 4)})
+    net = nn.ModuleDict({"blocks": nn.ModuleList([block]), "out": nn.Linear(4, 2)})
+    adam, muon = optimizers({"net": net}, 1e-3, 1e-2)
+    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(net["blocks"][0]["qkv"].weight)]
+    assert len(adam.param_groups[0]["params"]) == 5
+
+
+def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--autoencoder-steps", "2",
+                                      "--clip-steps", "2", "--scenes", "2000", "--device", "cpu"])
+    script.main()
+    pictures = Pipeline.load(tmp_path / "checkpoint")("a circle", 2, steps=2)
+    assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    assert sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*")) < 20e6
