@@ -48,8 +48,9 @@ class MMDiTConfig:
             raise ValueError(f"MMDiTConfig: hidden_size {self.hidden_size} is no multiple of {self.num_heads} heads")
         if self.position not in ("rope", "table"):
             raise ValueError(f'MMDiTConfig: position must be "rope" or "table", got {self.position!r}')
+        axes = self.rope_axes
         if self.position == "rope" and (
-            sum(self.rope_axes) != self.head_dim or len(self.rope_axes) != 3 or any(a % 2 or a < 2 for a in self.rope_axes)
+            sum(axes) != self.head_dim or len(axes) != 3 or any(axis % 2 or axis < 2 for axis in axes)
         ):
             raise ValueError(
                 f"MMDiTConfig: rope_axes must be three even numbers that sum to the head width {self.head_dim}, "

@@ -41,7 +41,7 @@ class MMDiT(nn.Module):
         `repulsion` pushes the samples of each group apart; the batch is `groups` groups of equal size, one after the
         other (with classifier-free guidance: two). Raises ValueError where a shape does not fit.
         """
-        self._check(latent, timestep, context, pooled, guidance, reference, groups)
+        self._check(latent, timestep, context, pooled, guidance, reference, repulsion, groups)
         p, n = self.config.patch_size, context.shape[1]
         rows, columns = latent.shape[2] // p, latent.shape[3] // p
         dtype = self.image_in.weight.dtype
@@ -80,7 +80,7 @@ class MMDiT(nn.Module):
             return image + crop_table(self.position_table, rows, columns).to(image.dtype), None
         return image, rope_angles(torch.cat(positions), self.config.rope_axes, self.config.rope_theta)
 
-    def _check(self, latent, timestep, context, pooled, guidance, reference, groups) -> None:
+    def _check(self, latent, timestep, context, pooled, guidance, reference, repulsion, groups) -> None:
         config, b = self.config, latent.shape[0] if latent.ndim else 0
         wanted = {
             "latent": (latent, ("B", config.latent_channels, "H", "W")),
@@ -109,5 +109,8 @@ class MMDiT(nn.Module):
                              else "this model has no guidance embedding: leave guidance out")
         if reference is not None and config.position != "rope":
             raise ValueError("a reference picture needs rotary positions (FLUX.1-Kontext); this model has a table")
+        last = max(repulsion.blocks, default=0) if repulsion and not isinstance(repulsion.blocks, str) else 0
+        if last >= config.num_blocks:
+            raise ValueError(f"repulsion in block {last}, but this model's blocks end at {config.num_blocks - 1}")
         if groups < 1 or b % groups:
             raise ValueError(f"a batch of {b} cannot be {groups} groups of equal size")

@@ -62,9 +62,10 @@ class Pipeline:
             known = ", ".join(weights.EMBEDDED)
             raise FileNotFoundError(f"no model {str(name_or_path)!r}: it is neither one of {known} nor a folder with a "
                                     "model_index.json")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         where = {"dtype": dtype, "device": device}
+        text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
         transformer = weights.load_transformer(folder, **where).eval().requires_grad_(False)
         autoencoder = weights.load_autoencoder(folder / "vae", **where).eval().requires_grad_(False)
         family = "flux" if transformer.config.position == "rope" else "sd3"
@@ -72,7 +73,8 @@ class Pipeline:
         for number in ("", "_2", "_3"):
             if not (folder / f"text_encoder{number}").is_dir():
                 continue
-            encoder = weights.load_text_encoder(folder / f"text_encoder{number}", **where).eval().requires_grad_(False)
+            encoder = weights.load_text_encoder(folder / f"text_encoder{number}", dtype=text_dtype, device=device)
+            encoder.eval().requires_grad_(False)
             if isinstance(encoder, ClipTextEncoder):
                 text.clips.append((ClipTokenizer(folder / f"tokenizer{number}"), encoder))
             else:
@@ -168,6 +170,14 @@ class Pipeline:
         if negative_prompt is not None and without:
             raise ValueError("negative_prompt needs classifier-free guidance: a guidance above 1, and a checkpoint "
                              "without a guidance embedding")
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises ValueError where this machine or this build of torch has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def find_defaults(folder: Path, transformer: MMDiT) -> Defaults:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sampler import __main__ as cli
 from sampler import output
+from weights import EMBEDDED
 
 
 @pytest.fixture
@@ -111,6 +112,8 @@ def test_every_option_reaches_the_settings():
     ([""], "the prompt is empty"),
     (["a red circle and " * 9], "tokens and this checkpoint reads 24"),
     (["a circle", "--negative", "x", "--guidance", "1"], "negative_prompt needs"),
+    (["a circle", "--blocks", "5-8"], "repulsion in block 8, but this model's blocks end at 7"),
+    (["a circle", "--model", str(EMBEDDED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
 ])  # fmt: skip
 def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, arguments, message):
     assert call(*arguments) == 2

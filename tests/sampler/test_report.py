@@ -1,0 +1,74 @@
+"""Numbers about batches whose contents are known, because the world's own renderer drew them."""
+
+import pytest
+import torch
+
+from sampler.output import fit, free_folder, grid
+from sampler.pipeline import to_picture
+from sampler.report import count_attributes, describe_batch, scene_adherence, table, to_pixels
+from weights.tiny.world import Scene, Thing, render
+
+RED = Scene((Thing("circle", "red", "medium"),), "center", "navy", "plain")
+BLUE = Scene((Thing("square", "blue", "large"),), "left", "pink", "striped")
+
+
+def pictures(*scenes):
+    return [to_picture(picture) for picture in render(scenes, seed=1)]
+
+
+def test_pixels_survive_the_way_through_a_picture():
+    original = render([RED, BLUE])
+    assert (to_pixels([to_picture(p) for p in original]) - original).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_one_picture_four_times_scores_one_and_two_kinds_nearly_two():
+    alike = describe_batch(pictures(RED, RED, RED, RED), "a red circle", "tiny")
+    assert alike["vendi"] == pytest.approx(1, abs=1e-4) and alike["adherence"] == 1
+    mixed = describe_batch(pictures(RED, BLUE, RED, BLUE), "a red circle", "tiny")
+    # they share the number of things, 1 of 7 attributes: eigenvalues (1 ± 1/7) / 2
+    weights = torch.tensor([4 / 7, 3 / 7], dtype=torch.float64)
+    assert mixed["vendi"] == pytest.approx(torch.special.entr(weights).sum().exp().item(), abs=1e-4)
+    assert mixed["adherence"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-4)  # a blue square: only "one thing" holds
+    assert mixed["attributes"]["color"] == {"red": 2, "blue": 2}
+
+
+def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attributes():
+    assert scene_adherence("a cat", [RED]) is None
+    other = describe_batch(pictures(RED, RED), "a cat", None)
+    assert other["vendi_of"] == "pixels" and "adherence" not in other and 1 <= other["vendi"] < 1.2
+
+
+def test_counts_are_of_what_could_be_read():
+    found = count_attributes([RED, BLUE, Scene((Thing(None, "red", None),), None, "navy", None)])
+    assert found["color"] == {"red": 2, "blue": 1} and found["shape"] == {"circle": 1, "square": 1}
+
+
+def test_the_table_lines_up():
+    columns = [{"vendi": 1.0, "adherence": 1.0, "attributes": {"color": {"red": 8}}, "seconds": 1.5},
+               {"vendi": 3.25, "adherence": 0.5, "attributes": {"color": {"red": 4, "blue": 4}}, "seconds": 1.6}]
+    lines = table(*columns, images=8).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["", "Vendi score (1 to 8)", "adherence", "color", "seconds"]
+    at = lines[0].index("repelled")
+    assert [line[at:] for line in lines] == ["repelled", "3.25", "50 %", "4 red, 4 blue", "1.60"]
+
+
+def test_long_titles_are_cut_to_fit_and_folders_are_numbered(tmp_path):
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(20)
+    assert fit("a circle", font, 500) == "a circle"
+    short = fit("a circle " * 50, font, 500)
+    assert short.endswith("…") and 440 < font.getlength(short) <= 500
+    for expected in ("a", "a-2", "a-3"):
+        folder = free_folder(tmp_path / "a")
+        assert folder.name == expected
+        folder.mkdir()
+
+
+def test_a_grid_of_one_and_of_nine():
+    one, nine = grid(pictures(RED)), grid(pictures(*[RED] * 9))
+    assert one.size == (128 + 16, 128 + 16)
+    assert nine.size == (4 * 136 + 8, 3 * 136 + 8)
+    assert nine.getpixel((nine.width - 20, nine.height - 20)) == (255, 255, 255)
+
+
