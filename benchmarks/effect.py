@@ -20,7 +20,7 @@ from sampler import Pipeline
 from sampler.report import to_pixels
 from weights.tiny.captions import describe, parse
 from weights.tiny.reader import adherence, attribute_vectors, read
-from weights.tiny.world import sample_scene
+from weights.tiny.world import Scene, sample_scene
 
 OPEN = [  # underspecified: each leaves most attributes to the model
     "a circle", "a square", "a triangle", "a star", "a cross", "a ring",
@@ -47,9 +47,19 @@ def measure(pipeline: Pipeline, prompts: list[str], groups: int, label: str, **c
             seconds = time.perf_counter() - start
             scenes = read(to_pixels(pictures))
             kept = sum(adherence(parse(prompt), scene) for scene in scenes) / len(scenes)
-            vendi = vendi_score(attribute_vectors(scenes)).item()
-            rows.append({"prompt": prompt, "seed": seed, "vendi": vendi, "adherence": kept, "seconds": seconds})
+            rows.append({
+                "prompt": prompt, "seed": seed, "vendi": vendi_score(attribute_vectors(scenes)).item(),
+                "adherence": kept, "unreadable": sum(map(unreadable, scenes)) / len(scenes), "seconds": seconds,
+            })  # fmt: skip
     return rows
+
+
+def unreadable(scene: Scene) -> float:
+    """Share of a picture's attributes that the reader could not tell: torn pictures must not pass for diverse."""
+    values = [scene.arrangement, scene.ground, scene.texture]
+    for thing in scene.things:
+        values += [thing.shape, thing.color] + ([thing.size] if len(scene.things) < 3 else [])
+    return values.count(None) / len(values)
 
 
 def interval(rows: list[dict], key: str, draws: int = 2000) -> tuple[float, float, float]:
@@ -86,7 +96,7 @@ def table_row(name: str, found: list[dict], full: list[dict], base: list[dict]) 
     cells = [
         name, f"{vendi[0]:.2f} ({vendi[1]:.2f}–{vendi[2]:.2f})", f"{vendi[0] / interval(base, 'vendi')[0]:.2f}",
         f"{100 * kept[0]:.1f} % ({100 * kept[1]:.1f}–{100 * kept[2]:.1f})", f"{100 * full_kept[0]:.1f} %",
-        f"{seconds:.2f}",
+        f"{100 * interval(found, 'unreadable')[0]:.1f} %", f"{seconds:.2f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -100,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline = Pipeline.load(args.model)
     results = {}
-    print("| | Vendi | × base | adherence | adherence, full prompts | seconds |\n|---|---|---|---|---|---|")
+    print("| | Vendi | × base | adherence | adherence, full prompts | unreadable | seconds |\n|---|---|---|---|---|---|---|")
     for name, call in settings(pipeline).items():
         if args.rows and name not in args.rows:
             continue
