@@ -110,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline = Pipeline.load(args.model)
     results = {}
-    print("| | Vendi | × base | adherence | adherence, full prompts | unreadable | seconds |\n|---|---|---|---|---|---|---|")
+    print("| | Vendi | × base | adherence | adherence, full prompts | unreadable | seconds |\n|" + "---|" * 7)
     for name, call in settings(pipeline).items():
         if args.rows and name not in args.rows:
             continue

@@ -215,7 +215,7 @@ def start_at_zero(model: MMDiT) -> MMDiT:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; a stopped run goes on")
-    parser.add_argument("--steps", type=int, default=3800, help="steps of the transformer")
+    parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
