@@ -109,8 +109,7 @@ class MMDiT(nn.Module):
                              else "this model has no guidance embedding: leave guidance out")
         if reference is not None and config.position != "rope":
             raise ValueError("a reference picture needs rotary positions (FLUX.1-Kontext); this model has a table")
-        last = max(repulsion.blocks, default=0) if repulsion and not isinstance(repulsion.blocks, str) else 0
-        if last >= config.num_blocks:
-            raise ValueError(f"repulsion in block {last}, but this model's blocks end at {config.num_blocks - 1}")
+        if repulsion is not None:
+            repulsion.check_blocks(config.num_blocks)
         if groups < 1 or b % groups:
             raise ValueError(f"a batch of {b} cannot be {groups} groups of equal size")

@@ -70,6 +70,12 @@ class Repulsion:
             return ("first", "middle", "last")[3 * block // num_blocks] == self.blocks
         return block in self.blocks
 
+    def check_blocks(self, num_blocks: int) -> None:
+        """Raises ValueError where `blocks` names one that a model of `num_blocks` does not have."""
+        last = 0 if isinstance(self.blocks, str) else max(self.blocks, default=0)
+        if last >= num_blocks:
+            raise ValueError(f"repulsion in block {last}, but this model's blocks end at {num_blocks - 1}")
+
     def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
         """The two streams of a dual-stream block, one of them repelled if `site` is where this repulsion acts.
 

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.out} exists already: choose another --out, or say --overwrite")
     pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device)
     repulsion = settings(args, pipeline.defaults.repulsion)
+    repulsion.check_blocks(pipeline.transformer.config.num_blocks)
     call = {"steps": args.steps, "guidance": args.guidance, "negative_prompt": args.negative, "height": args.height,
             "width": args.width, "seed": args.seed}
 

@@ -121,7 +121,7 @@ class Pipeline:
         encoded = [self.text(p) for p in prompts]
         context, pooled = (repeat(torch.cat(parts), "g ... -> (g images) ...", images=images)
                            for parts in zip(*encoded, strict=True))
-        reference = None if image is None else self._encode(image, images)
+        reference = None if image is None else self._encode(image, len(prompts) * images)
 
         def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
             groups = len(prompts)
@@ -145,13 +145,13 @@ class Pipeline:
         tokens = (height // self.multiple) * (width // self.multiple)
         return sigmas(steps, image_tokens=tokens) if self.shift is None else sigmas(steps, shift=self.shift)
 
-    def _encode(self, picture: Image.Image, images: int) -> Tensor:
-        """Kontext's reference picture as a latent, sides cut down to legal multiples: (images, c, H', W')."""
+    def _encode(self, picture: Image.Image, batch: int) -> Tensor:
+        """Kontext's reference picture as a latent, sides cut down to legal multiples: (batch, c, H', W')."""
         sides = [side // self.multiple * self.multiple for side in picture.size]
         pixels = torch.frombuffer(bytearray(picture.convert("RGB").resize(sides).tobytes()), dtype=torch.uint8)
         weight = self.transformer.image_in.weight
         pixels = rearrange(pixels, "(y x c) -> 1 c y x", y=sides[1], c=3).to(weight) / 127.5 - 1
-        return repeat(self.autoencoder.encode(pixels), "1 ... -> b ...", b=images)
+        return repeat(self.autoencoder.encode(pixels), "1 ... -> b ...", b=batch)
 
     def _check(self, prompt, images, guidance, height, width, negative_prompt) -> None:
         if not isinstance(prompt, str) or not prompt.strip():

@@ -50,6 +50,12 @@ def test_thirds_part_the_blocks_evenly_and_in_order(total):
     assert [i for i in range(total) if chosen.acts_in(i, total)] == [2, 5]
 
 
+def test_blocks_beyond_the_model_are_refused():
+    Repulsion(1.0, blocks=(0, 7)).check_blocks(8)
+    with pytest.raises(ValueError, match="block 8, but this model's blocks end at 7"):
+        Repulsion(1.0, blocks=(0, 8)).check_blocks(8)
+
+
 def batch(n):
     torch.manual_seed(n)
     return torch.randn(1, n, 8, dtype=torch.float64) + 0.1 * torch.randn(4, n, 8, dtype=torch.float64)

@@ -24,7 +24,7 @@ def pixels(pictures):
 
 @pytest.fixture(scope="module")
 def oracle():
-    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER)
+    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
