@@ -22,7 +22,7 @@ along the gradient of the batch's entropy. The prompt stays what it is; the pict
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --scale 2e6
+  python -m sampler "a star and a square" --images 4 --seed 7 --scale 1e7
   python -m sampler "a small green ring on the left" --blocks middle --site block
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
 

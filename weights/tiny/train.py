@@ -40,7 +40,7 @@ AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
                           pooled_dim=32, position="table", position_table_size=16)
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"scale": 1e6, "iterations": 20, "steps": 3}}
+            "repulsion": {"scale": 4e6, "iterations": 10, "steps": 5, "blocks": "first"}}
 
 
 @dataclass
