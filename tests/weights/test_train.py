@@ -57,6 +57,14 @@ def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--autoencoder-steps", "2",
                                       "--clip-steps", "2", "--scenes", "2000", "--device", "cpu"])
     script.main()
-    pictures = Pipeline.load(tmp_path / "checkpoint")("a circle", 2, steps=2)
+    first = tmp_path / "checkpoint"
+    pictures = Pipeline.load(first)("a circle", 2, steps=2)
     assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path / "more"), "--start", str(first), "--steps", "2",
+                                      "--scenes", "128", "--device", "cpu"])
+    script.main()
+    second = tmp_path / "more" / "checkpoint"
+    same, other = ((first / part, second / part) for part in ("text_encoder/model.safetensors",
+                                                              "transformer/diffusion_pytorch_model.safetensors"))
+    assert same[0].read_bytes() == same[1].read_bytes() and other[0].read_bytes() != other[1].read_bytes()
     assert sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*")) < 20e6

@@ -7,6 +7,7 @@ and last the T5 encoder together with the MMDiT, by flow matching. About 75 minu
 
 import argparse
 import random
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from mmdit import (
     T5Tokenizer,
 )
 
+from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .captions import describe
 from .export import export
 from .loop import batches, chunks, train
@@ -166,17 +168,22 @@ def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -
     return [clip.requires_grad_(False).eval() for clip in clips]
 
 
-def train_transformer(data: Data, latents: Tensor, tokenizers, clips, folder: Path, steps: int,
-                      device: str) -> tuple[T5Encoder, MMDiT]:
+def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
+    """The untrained T5 encoder and MMDiT."""
+    t5 = T5Encoder(T5Config(vocab_size=t5_vocabulary, hidden_size=TRANSFORMER.context_dim, head_dim=32,
+                            intermediate_size=256, num_layers=2, num_heads=4))
+    nn.init.normal_(t5.token_embedding.weight)
+    return t5, start_at_zero(MMDiT(TRANSFORMER))
+
+
+def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
+                      steps: int, device: str) -> None:
     """Flow matching: at σ the latent is (1 − σ) x₀ + σ ε, and the model learns the velocity ε − x₀.
 
     T5 learns along. One caption in ten is empty, for guidance; in half of the others the pooled vector is the empty
     caption's, for the same reason that SD3 drops its encoders one by one: no path may carry the prompt alone.
     """
-    t5 = T5Encoder(T5Config(vocab_size=tokenizers[2].vocab_size, hidden_size=TRANSFORMER.context_dim, head_dim=32,
-                            intermediate_size=256, num_layers=2, num_heads=4)).to(device)
-    nn.init.normal_(t5.token_embedding.weight)
-    model = start_at_zero(MMDiT(TRANSFORMER)).to(device)
+    t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
     with torch.no_grad():
         empty = torch.cat([c(t([""]).to(device)).pooled for c, t in zip(clips, tokenizers, strict=False)], dim=-1)
@@ -201,7 +208,7 @@ def train_transformer(data: Data, latents: Tensor, tokenizers, clips, folder: Pa
 
     parts = {"t5": t5, "transformer": model}
     train("transformer", parts, loss_at, steps, folder, lr=2e-3, muon_lr=0.02, ema=0.998, device=device)
-    return t5.eval(), model.eval()
+    t5.eval(), model.eval()
 
 
 def start_at_zero(model: MMDiT) -> MMDiT:
@@ -219,6 +226,8 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint: its tokenizers, autoencoder and CLIPs "
+                        "stay, T5 and the transformer are trained further")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -227,11 +236,22 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     data = Data([sample_scene(rng) for _ in range(args.scenes)], args.seed)
+    if args.start:
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            shutil.copytree(args.start / name, args.out / name, dirs_exist_ok=True)
     tokenizers = train_tokenizers(data, args.out)
-    autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
-    clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
+    if args.start:
+        where = {"dtype": torch.float32, "device": args.device}
+        autoencoder = load_autoencoder(args.start / "vae", **where).requires_grad_(False)
+        *clips, t5 = (load_text_encoder(args.start / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        clips = [clip.requires_grad_(False) for clip in clips]
+        transformer = load_transformer(args.start, **where)
+    else:
+        autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
+        clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
+        t5, transformer = new_transformer(tokenizers[2].vocab_size)
     latents = encode(autoencoder, data, args.out, args.device)
-    t5, transformer = train_transformer(data, latents, tokenizers, clips, args.out, args.steps, args.device)
+    train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.device)
     export(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
