@@ -81,8 +81,8 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out is not None and args.out.exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists already: choose another --out, or say --overwrite")
+    if args.out is not None:
+        output.refuse_existing(args.out, args.overwrite)  # before anything is painted
     pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device)
     repulsion = settings(args, pipeline.defaults.repulsion)
     repulsion.check_blocks(pipeline.transformer.config.num_blocks)

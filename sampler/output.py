@@ -67,6 +67,12 @@ def save_png(picture: Image.Image, file: Path, about: dict[str, object]) -> None
     picture.save(file, pnginfo=info)
 
 
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where `target` is there already and not to be overwritten."""
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already: choose another --out, or say --overwrite")
+
+
 @contextmanager
 def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to, which takes its name only when everything in it is written.
@@ -74,8 +80,7 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     Raises FileExistsError where `target` is there already and not to be overwritten. If the writing is cut short,
     nothing remains of it, and an older folder stays as it was.
     """
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already: choose another --out, or say --overwrite")
+    refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     work.chmod(0o755)

@@ -1,7 +1,7 @@
 """`Pipeline`: a checkpoint on disk, then a prompt in and pictures out."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -192,7 +192,7 @@ def find_defaults(folder: Path, transformer: MMDiT) -> Defaults:
             turbo = name == "sd3.5-large" and "turbo" in folder.resolve().name.lower()
             return PUBLIC["sd3.5-large-turbo"] if turbo else defaults
     if transformer.config.position == "rope":
-        return replace(PUBLIC["flux1-dev" if transformer.config.guidance_embedding else "flux1-schnell"])
+        return PUBLIC["flux1-dev" if transformer.config.guidance_embedding else "flux1-schnell"]
     return PUBLIC["sd3-medium"]
 
 

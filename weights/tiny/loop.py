@@ -69,9 +69,14 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": together.state_dict(), "average": average,
                      "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}
-            torch.save(state, f"{file}.part")
-            os.replace(f"{file}.part", file)
+            save_whole(state, file)
     together.load_state_dict(average)
+
+
+def save_whole(state: dict, file: Path) -> None:
+    """Write a file that a stopped run can trust: it is there whole, or not at all."""
+    torch.save(state, f"{file}.part")
+    os.replace(f"{file}.part", file)
 
 
 def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:

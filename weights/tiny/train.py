@@ -32,7 +32,7 @@ from mmdit import (
 from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .captions import describe
 from .export import export
-from .loop import batches, chunks, train
+from .loop import batches, chunks, save_whole, train
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from .world import Scene, forget, render, sample_scene
 
@@ -110,7 +110,7 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str) -> Tensor:
     latents = torch.cat(found)
     shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
     latents = ((latents - shift) * scaling).half()
-    torch.save({"latents": latents, "shift": shift, "scaling": scaling}, file)
+    save_whole({"latents": latents, "shift": shift, "scaling": scaling}, file)
     model.config = replace(AUTOENCODER, shift=shift, scaling=scaling)
     return latents
 
