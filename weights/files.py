@@ -1,248 +1,194 @@
-"""safetensors files and folders: what is in them, reading one tensor at a time, and writing all or nothing."""
+"""safetensors files: what is in them, by the header alone, and reading one tensor at a time.
+
+The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other. The
+header is read here rather than by the library, so that an error names the tensor, and the numbers are copied rather
+than mapped, so that a loaded model is held once and does not depend on its file any more.
+"""
 
 import json
+import mmap
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .names import CheckpointError
 
-STEMS = ("diffusion_pytorch_model", "model")  # how the hub names weight files: diffusers', transformers'
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # safetensors' words for what we read
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4,
+         "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
+LONGEST_HEADER = 100_000_000  # the library's limit
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+IMPOSTORS = {  # first bytes of what is often found under the name of a safetensors file
+    b"PK\x03\x04": "a pickle of PyTorch, which can run any code when opened: use the .safetensors release",
+    b"\x80\x02": "a pickle, which can run any code when opened: use the .safetensors release",
+    b"GGUF": "a GGUF file, whose quantized weights are not supported: use the .safetensors release",
+    b"version ": "a Git LFS pointer, not the file it points to: download it, for example with `hf download`",
+    b"<": "a web page, not a checkpoint: the download needs the license accepted and a token (`hf auth login`)",
+    b"{": "JSON, not a checkpoint: give the .safetensors file",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its file, its full name there, its stored dtype (safetensors' word) and shape."""
+    """Where a tensor lies: its file, its full name there, its stored dtype (safetensors' word), shape and bytes."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0  # the first byte, counted from the file's beginning
+    scale: "Entry | None" = None  # of float8: what the numbers are multiplied with
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BYTES[self.dtype]
 
 
-@dataclass
-class Checkpoint:
-    """An open checkpoint: every tensor's entry, and the numbers on demand."""
-
-    path: Path  # what error messages name
-    entries: dict[str, Entry]
-    config: dict[str, Any] | None  # the hub's config.json beside the weights
-    _open: dict[Path, Any] = field(default_factory=dict)
-
-    def read(self, entry: Entry, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
-        """One tensor, in its stored dtype where `dtype` is None. Raises CheckpointError for one that is no float."""
-        if entry.dtype not in DTYPES.values():
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
-                f"{', '.join(DTYPES.values())}: convert the file first"
-            )
-        if entry.file not in self._open:
-            self._open[entry.file] = open_safetensors(entry.file)
-        return self._open[entry.file].get_tensor(entry.name).to(device, dtype)
-
-
-def open_checkpoint(path: str | os.PathLike, component: str | None = None) -> Checkpoint:
-    """Find and list the weights at `path`: a .safetensors file, a folder of the hub's layout, or a folder that holds
-    such a folder named `component`.
-
-    Raises FileNotFoundError for a missing file or shard, CheckpointError for a file that is damaged, a pickle, or
-    not clearly the one meant.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a .safetensors file or a folder with one")
-    if path.is_dir() and component and (path / component).is_dir():
-        path = path / component
-    weights = _find_weights(path) if path.is_dir() else path
-    entries = _read_index(weights) if weights.suffix == ".json" else _list_tensors(weights)
-    is_hub = path.is_dir() or weights.name.startswith(STEMS)  # beside an original file, a config.json is not its own
-    config = _read_json(weights.parent / "config.json") if is_hub else None
-    return Checkpoint(path, entries, config)
-
-
-def open_safetensors(file: Path) -> Any:
-    """A `safe_open` handle. Raises CheckpointError, with the reason, for a file that is not whole and valid."""
+def read_header(file: Path) -> dict[str, Entry]:
+    """Every tensor's entry. Raises FileNotFoundError, or CheckpointError for a file that is not whole and valid."""
     if file.suffix in PICKLES:
         raise CheckpointError(
             f"{file} is a pickle, which can run any code when opened: use the .safetensors release or convert it"
         )
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist or is no file: download it again")
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({reason}; {file.stat().st_size:,} bytes): download it again"
-        ) from error
-
-
-def _list_tensors(file: Path) -> dict[str, Entry]:
-    handle = open_safetensors(file)
-    entries = {}
-    for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-        header = handle.get_slice(name)
-        entries[name] = Entry(file, name, header.get_dtype(), tuple(header.get_shape()))
+    with file.open("rb") as opened:
+        header, start = _header_json(opened, file)
+        size = os.fstat(opened.fileno()).st_size
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, about, start) for name, about in header.items()}
+    end = start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start != end:
+            kind = "overlaps the tensor before it" if entry.start < end else "leaves a gap before it"
+            raise _damaged(file, f"tensor {entry.name} {kind}: it starts at byte {entry.start:,}, expected {end:,}")
+        end += entry.nbytes
+        if end > size:
+            raise _damaged(file, f"tensor {entry.name} ends at byte {end:,}, the file at {size:,}")
+    if end != size:
+        raise _damaged(file, f"{size - end:,} bytes belong to no tensor")
     return entries
 
 
-def _find_weights(folder: Path) -> Path:
-    """The weights of a hub folder: one file or an index of shards, plain names before variants such as fp16."""
-    for stem in STEMS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if (folder / name).exists():
-                return folder / name
-    for pattern in ("*.safetensors.index*.json", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise CheckpointError(f"{folder} holds {len(found)} checkpoints: give one, such as {found[0]}")
-    if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
-        open_safetensors(pickles[0])  # says why not
-    inner = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) or "none"
-    raise FileNotFoundError(f"{folder} holds no .safetensors file: give the file or its folder (folders here: {inner})")
+def _header_json(opened: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the numbers start."""
+    size = os.fstat(opened.fileno()).st_size
+    first = opened.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
+        for magic, what in IMPOSTORS.items():
+            if first.startswith(magic):
+                raise CheckpointError(f"{file} is {what}")
+        if len(first) < 8:
+            raise _damaged(file, f"it has {size} bytes, fewer than the length of a header")
+        raise _damaged(file, f"its header would be {length:,} bytes long, the file has {size:,}")
 
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise _damaged(file, f"{next(n for n in names if names.count(n) > 1)} stands in the header twice")
+        return found
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON object, None where the file is missing."""
-    if not file.exists():
-        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object: download it again")
-    return content
+        header = json.loads(opened.read(length).decode("utf-8"), object_pairs_hook=no_twins)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, f"its header is a JSON {type(header).__name__}, expected an object")
+    return header, 8 + length
 
 
-def _read_index(index: Path) -> dict[str, Entry]:
-    """The tensors of all shards that a hub index names."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f'{index} has no "weight_map" from tensor names to files: download it again')
-    shards = {}
-    for shard in sorted(set(weight_map.values())):
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-            raise CheckpointError(f"{index} points to {shard!r}, outside its own folder: do not trust this download")
-        if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{index.parent / shard} is missing, which {index.name} names: download it again")
-        shards[shard] = _list_tensors(index.parent / shard)
-    entries = {}
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise CheckpointError(f"{index.parent / shard} lacks tensor {name}, which {index.name} promises: "
-                                  "download both again")
-        entries[name] = shards[shard][name]
-    return entries
+def _entry(file: Path, name: str, about: Any, start: int) -> Entry:
+    about = about if isinstance(about, dict) else {}
+    dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise _damaged(file, f"the header's entry for tensor {name} is not one of dtype, shape and data_offsets")
+    if dtype not in BYTES:
+        raise CheckpointError(f"{file}: tensor {name} is stored as {dtype}, expected one of {', '.join(DTYPES)}: "
+                              "use another release of the model")
+    entry = Entry(file, name, dtype, tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != entry.nbytes:
+        raise _damaged(file, f"tensor {name} has {offsets[1] - offsets[0]:,} bytes, but shape {entry.shape} of {dtype} "
+                       f"needs {entry.nbytes:,}")
+    return entry
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one .safetensors file: the whole of it or, on any error, nothing. An existing file is replaced."""
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise CheckpointError(f"{path}: the original layout is one file, so give a name that ends in .safetensors")
-    with _scratch_beside(path) as scratch:
-        _write_safetensors(scratch / path.name, tensors)
-        os.replace(scratch / path.name, path)
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stem: str,
-                 max_shard_bytes: int | None = None) -> None:
-    """Write a hub folder (weights named after `stem`, config.json): the whole of it or, on any error, nothing.
+def _damaged(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{file} is truncated or no safetensors file ({reason}): download it again")
 
-    More than `max_shard_bytes` go into shards with an index. An existing checkpoint folder is replaced; raises
-    CheckpointError where `path` is a file, or a folder with anything else in it.
+
+def attach_scales(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """A scale stored beside a float8 matrix becomes part of the matrix's entry.
+
+    ComfyUI's files hold `X.scale_weight` (a marker `scaled_fp8` with it) or `X.weight_scale` beside `X.weight`. What
+    they say about quantizing the layer's input is passed over: here the weights are widened before they are used.
     """
-    if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
-        raise CheckpointError(f"{path}: the hub layout is a folder, so give a folder's name")
-    foreign = [p.name for p in path.iterdir() if not _is_checkpoint_part(p)] if path.exists() else []
-    if foreign:
-        raise CheckpointError(f"{path} holds more than a checkpoint ({foreign[0]}) and would be replaced: give another")
-    shards = _shards(tensors, max_shard_bytes)
-    with _scratch_beside(path) as scratch:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weight_map = {}
-        for number, shard in enumerate(shards, start=1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            _write_safetensors(new / f"{stem}{part}.safetensors", {name: tensors[name] for name in shard})
-            weight_map |= dict.fromkeys(shard, f"{stem}{part}.safetensors")
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-            (new / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-
-
-def _is_checkpoint_part(file: Path) -> bool:
-    return file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    """The names in order, cut so that no shard exceeds `limit` bytes unless a single tensor does."""
-    if limit is not None and limit < 1:
-        raise CheckpointError(f"max_shard_bytes must be at least 1, got {limit}")
-    shards, room = [[]], limit
-    for name, tensor in tensors.items():
-        if limit is not None and shards[-1] and tensor.nbytes > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room = None if limit is None else room - tensor.nbytes
-    return shards
+    found = {name: entry for name, entry in entries.items()
+             if not name.endswith(("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant"))}
+    for name in list(found):
+        stem = name.removesuffix(".scale_weight").removesuffix(".weight_scale")
+        weight = found.get(stem + ".weight")
+        if stem != name and weight is not None and weight.dtype in FLOAT8:
+            scale = found.pop(name)
+            if scale.dtype not in DTYPES or prod(scale.shape) not in (1, weight.shape[0] if weight.shape else 1):
+                raise CheckpointError(f"{scale.file}: tensor {name} is {scale.dtype} of shape {scale.shape}, expected "
+                                      f"one scale for {weight.name}, or one for each of its rows: use another release")
+            found[weight.name] = replace(weight, scale=scale)
+    return found
 
 
 @contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk as `target`, gone afterwards whatever happens."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def stored_numbers(entry: Entry) -> Iterator[Tensor]:
+    """The tensor as it is stored, on the CPU, over the file's own pages: valid within the `with` block alone."""
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
+                              f"{', '.join(DTYPES)}: use another release of the model")
+    if not entry.nbytes:
+        yield torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return
+    skip = entry.start % mmap.ALLOCATIONGRANULARITY
+    with entry.file.open("rb") as opened:
+        if os.fstat(opened.fileno()).st_size < entry.start + entry.nbytes:
+            raise CheckpointError(f"{entry.file} has become shorter since it was opened: load it again")
+        pages = mmap.mmap(opened.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=entry.start - skip)
+    flat = torch.frombuffer(pages, dtype=DTYPES[entry.dtype], count=prod(entry.shape), offset=skip)
+    yield flat.view(entry.shape)
 
 
-def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other.
+def read_into(target: Tensor, entry: Entry) -> None:
+    """Fill `target` with the stored numbers, in its own dtype and on its own device; a scale is multiplied in."""
+    with stored_numbers(entry) as stored:
+        if entry.scale is None:
+            target.copy_(stored)
+        else:
+            target.copy_(stored.float() * read_scale(entry))
 
-    Written here rather than by the library so that one tensor at a time passes through memory, from any device.
-    """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # wide first: all lie aligned
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{file.name}: tensor {name} is {tensor.dtype}, expected one of {list(DTYPES)}")
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with file.open("wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            numbers = bytearray(tensor.nbytes)
-            torch.frombuffer(numbers, dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
-            out.write(numbers)
-        out.flush()
-        os.fsync(out.fileno())
+
+def read_scale(entry: Entry) -> Tensor:
+    """A float8 matrix's scale in float32, () or (rows, 1)."""
+    with stored_numbers(entry.scale) as scale:
+        scale = scale.float()
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+
+
+def read_tensor(entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on the CPU, in the stored dtype where `dtype` is None."""
+    target = torch.empty(entry.shape, dtype=dtype or DTYPES.get(entry.dtype))
+    read_into(target, entry)
+    return target

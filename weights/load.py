@@ -1,9 +1,9 @@
 """Checkpoints <-> modules: recognize the layout, settle the config, check every tensor, fill; and the way back."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,79 +19,56 @@ from mmdit import (
     T5Encoder,
 )
 
-from . import configs, shapes
-from .files import Checkpoint, Entry, open_checkpoint, write_file, write_folder
-from .names import CheckpointError, Layout
-from .names_autoencoder import AUTOENCODER_HUB, AUTOENCODER_ORIGINAL
-from .names_text import CLIP, CLIP_BARE, T5
-from .names_transformer import FLUX_HUB, FLUX_ORIGINAL, SD3_HUB, SD3_ORIGINAL
+from . import configs, fill, shapes
+from .files import DTYPES
+from .kinds import AUTOENCODER, CLIP_TEXT, FLUX, SD3, T5_TEXT, Kind, Part, find_parts, foreign
+from .locate import Checkpoint, open_checkpoint
+from .names import CheckpointError
+from .writing import write_file, write_folder
 
 PathLike = str | os.PathLike
-
-
-class Kind(NamedTuple):
-    """What loading and saving need to know of one kind of module."""
-
-    module: type[nn.Module]
-    config: type
-    original: Layout
-    hub: Layout
-    stem: str  # the hub's name of the weight file
-    from_hub: Callable[[configs.Json], configs.Config]
-    fields: Callable[[shapes.Shapes], dict]  # what the stored shapes settle
-    rest: Callable[[shapes.Shapes, dict], dict]  # what else the public checkpoints have
-    bare: Layout | None = None  # a second hub layout, for reading
-    identity: str | None = None  # our tensor that is the identity where a config asks for it and the file has none
-
-    @property
-    def layouts(self) -> list[Layout]:
-        return [layout for layout in (self.original, self.hub, self.bare) if layout]
-
-
-FLUX = Kind(MMDiT, MMDiTConfig, FLUX_ORIGINAL, FLUX_HUB, "diffusion_pytorch_model",
-            configs.transformer_from_hub, shapes.transformer_fields, shapes.transformer_rest)
-SD3 = FLUX._replace(original=SD3_ORIGINAL, hub=SD3_HUB)
-AUTOENCODER = Kind(Autoencoder, AutoencoderConfig, AUTOENCODER_ORIGINAL, AUTOENCODER_HUB, "diffusion_pytorch_model",
-                   configs.autoencoder_from_hub, shapes.autoencoder_fields, shapes.autoencoder_rest)
-CLIP_TEXT = Kind(ClipTextEncoder, ClipConfig, CLIP, CLIP, "model", configs.clip_from_hub, shapes.clip_fields,
-                 shapes.clip_rest, bare=CLIP_BARE, identity="projection.weight")
-T5_TEXT = Kind(T5Encoder, T5Config, T5, T5, "model", configs.t5_from_hub, shapes.t5_fields, shapes.t5_rest)
+Role = Literal["clip_l", "clip_g", "t5"]
 
 
 def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
-                     device: str | torch.device = "cpu") -> MMDiT:
-    """An MMDiT from an original file of FLUX.1 or SD3, from a `transformer/` folder, or from the folder around it.
+                     device: str | torch.device = "cpu", keep_float8: bool = False) -> MMDiT:
+    """An MMDiT from an original or merged file of FLUX.1 or SD3, from a `transformer/` folder, from the folder around
+    it, or from a name on the hub (`hub.resolve`).
 
     Without `config` the sizes come from config.json or, for an original file, from its names and shapes; 64-wide
     heads are assumed where no q/k norm shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads.
-    A config must agree with the tensors. `dtype` None keeps what is stored; on the CPU such tensors stay views of the
-    file and are read when first used. An original SD3 file's autoencoder is passed over. Raises CheckpointError (a
-    ValueError) for what does not fit, FileNotFoundError for a missing file.
+    A config must agree with the tensors. Parameters are read one by one, straight into `dtype` on `device`; `dtype`
+    None keeps what is stored. `keep_float8`: matrices of the blocks that are stored in float8 stay so and are widened
+    layer by layer as they are used (always with `dtype` None). The other modules of a merged file are passed over.
+    Raises CheckpointError (a ValueError) for what does not fit, FileNotFoundError for a missing file.
     """
-    return _load((FLUX, SD3), path, "transformer", config, dtype, device)
+    return _load((FLUX, SD3), path, "transformer", None, config, dtype, device, keep_float8)
 
 
 def load_autoencoder(path: PathLike, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None,
                      device: str | torch.device = "cpu") -> Autoencoder:
-    """An autoencoder from FLUX.1's ae.safetensors, an original SD3 file, a `vae/` folder, or the folder around it.
+    """An autoencoder from FLUX.1's ae.safetensors, an original SD3 file, a merged file, a `vae/` folder, or the folder
+    around it.
 
     An original file does not hold the latents' scaling and shift: without `config` they are SD3's where it has SD3's
-    prefix `first_stage_model.`, FLUX.1's where it has none, and norms have 32 groups. The rest is as in
-    `load_transformer`.
+    prefix `first_stage_model.`, FLUX.1's otherwise, and norms have 32 groups. The rest is as in `load_transformer`.
     """
-    return _load((AUTOENCODER,), path, "vae", config, dtype, device)
+    return _load((AUTOENCODER,), path, "vae", None, config, dtype, device)
 
 
 def load_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, dtype: torch.dtype | None = None,
-                      device: str | torch.device = "cpu") -> ClipTextEncoder | T5Encoder:
+                      device: str | torch.device = "cpu", keep_float8: bool = False,
+                      which: Role | None = None) -> ClipTextEncoder | T5Encoder:
     """A CLIP or T5 text encoder, whichever the names say, from a file or from a `text_encoder*/` folder.
 
-    An original CLIP file does not hold everything: without `config` heads are 64 wide, the activation is quick_gelu
-    at width 768 (CLIP-L) and gelu otherwise (CLIP-G), the end token is the vocabulary's last. A config with
-    `projection_dim` for a file without projection (SD3's original clip_l) makes it the identity. The rest is as in
-    `load_transformer`.
+    `which` chooses in a merged file that holds several. An original CLIP file does not hold everything: without
+    `config` heads are 64 wide, the activation is quick_gelu at width 768 (CLIP-L) and gelu otherwise (CLIP-G), the
+    end token is the vocabulary's last. A config with `projection_dim` for a file without projection (SD3's original
+    clip_l) makes it the identity. The rest is as in `load_transformer`.
     """
-    return _load((CLIP_TEXT, T5_TEXT), path, None, config, dtype, device)
+    if which not in (None, "clip_l", "clip_g", "t5"):
+        raise CheckpointError(f"which must be clip_l, clip_g or t5, got {which!r}")
+    return _load((CLIP_TEXT, T5_TEXT), path, None, which, config, dtype, device, keep_float8)
 
 
 def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "hub"] = "original",
@@ -125,60 +102,74 @@ def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
     _save(T5_TEXT if isinstance(model, T5Encoder) else CLIP_TEXT, model, path, layout, max_shard_bytes)
 
 
-def _load(kinds: tuple[Kind, ...], path: PathLike, component: str | None, config: configs.Config | None,
-          dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
-    checkpoint = open_checkpoint(path, component)
-    kind, layout, prefix, entries = _recognize(checkpoint, kinds)
+def _load(kinds: tuple[Kind, ...], path: PathLike, component: str | None, which: Role | None,
+          config: configs.Config | None, dtype: torch.dtype | None, device: str | torch.device,
+          keep_float8: bool = False) -> nn.Module:
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+        raise CheckpointError(f"dtype must be one to compute in, such as torch.bfloat16, got {dtype}: float8 matrices "
+                              "are kept by keep_float8=True")
+    checkpoint = open_checkpoint(path, component, lambda entries: bool(_of_kinds(find_parts(entries), kinds, which)))
+    part = _choose(checkpoint, kinds, which)
     given = config is not None
-    config = _settle_config(kind, layout, checkpoint, shapes.Shapes(entries, layout, bool(prefix)), config)
+    config = _settle_config(part, checkpoint, config)
     sizes = configs.sizes_of(config)
     with torch.device("meta"):  # names and shapes, no numbers
-        model = kind.module(config)
-    ours = model.state_dict()
-    absent = kind.identity in ours and not entries.keys() & layout.find(kind.identity, sizes)[0]
-    identity = ours.pop(kind.identity).shape if given and absent else None
-    _compare(checkpoint, layout, prefix, entries, {theirs: part for _, theirs, part in layout.split(ours, sizes)})
-    state = {
-        name: layout.join(name, sizes, lambda theirs: checkpoint.read(entries[theirs], dtype, device)) for name in ours
-    }
-    if identity:
-        if identity[0] != identity[1]:
-            raise CheckpointError(f"{checkpoint.path} has no projection, and one of shape {tuple(identity)} cannot be "
+        model = part.kind.module(config)
+    ours, identity = model.state_dict(), part.kind.identity
+    absent = identity in ours and not part.entries.keys() & part.layout.find(identity, sizes)[0]
+    if given and absent:
+        rows, columns = ours.pop(identity).shape
+        if rows != columns:
+            raise CheckpointError(f"{checkpoint.path} has no projection, and one of shape {(rows, columns)} cannot be "
                                   "the identity: give the file that has it, or a config without")
-        state[kind.identity] = torch.eye(identity[0]).to(next(iter(state.values())))
-    model.load_state_dict(state, assign=True)
+        model.set_submodule(identity.removesuffix(".weight"), nn.Identity())
+    _compare(checkpoint, part, {theirs: piece for _, theirs, piece in part.layout.split(ours, sizes)})
+    if keep_float8 or dtype is None:
+        fill.keep_float8(model, part.layout, sizes, part.entries)
+    fill.fill(model, part.layout, sizes, part.entries, dtype, device)
+    if given and absent:
+        like = next(model.parameters())
+        projection = nn.Linear(rows, rows, bias=False, dtype=like.dtype, device=like.device)
+        projection.weight.data.copy_(torch.eye(rows))
+        model.set_submodule(identity.removesuffix(".weight"), projection)
     return model
 
 
-def _recognize(checkpoint: Checkpoint, kinds: tuple[Kind, ...]) -> tuple[Kind, Layout, str, dict[str, Entry]]:
-    """The kind, layout, prefix, and the component's entries under the layout's own names."""
-    names = checkpoint.entries
-    for kind in kinds:
-        for layout in kind.layouts:
-            for prefix in (layout.prefix, ""):
-                if prefix + layout.sign not in names:
-                    continue
-                entries = {n.removeprefix(prefix): e for n, e in names.items() if not n.startswith(layout.others)}
-                for copy, name in layout.copies.items():
-                    if copy in entries:
-                        entries.setdefault(name, entries.pop(copy))
-                for name in layout.ignored:
-                    entries.pop(name, None)
-                return kind, layout, prefix, entries
-    signs = " or ".join(dict.fromkeys(layout.prefix + layout.sign for kind in kinds for layout in kind.layouts))
-    found = next(iter(names), "no tensor at all")
-    raise CheckpointError(f"{checkpoint.path}: unknown layout; expected a tensor {signs}, found {found}: "
-                          "is it another part of the model?")
+def _of_kinds(parts: list[Part], kinds: tuple[Kind, ...], which: Role | None) -> list[Part]:
+    """The parts of these kinds, and of this role as far as it shows."""
+    roles = (None, which, *(("clip",) if which in ("clip_l", "clip_g") else ()))
+    return [part for part in parts if part.kind in kinds and (which is None or part.role in roles)]
 
 
-def _settle_config(kind: Kind, layout: Layout, checkpoint: Checkpoint, stored: shapes.Shapes,
-                   config: configs.Config | None) -> configs.Config:
+def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None) -> Part:
+    """The one module that is meant."""
+    parts = find_parts(checkpoint.entries)
+    found = _of_kinds(parts, kinds, which)
+    if len(found) == 1:
+        return found[0]
+    wanted = which or " or ".join(dict.fromkeys(kind.name for kind in kinds))
+    if found:
+        raise CheckpointError(f"{checkpoint.path} holds several of these: {', '.join(part.role for part in found)}: "
+                              f"say which={found[0].role!r}, for example")
+    if what := foreign(checkpoint.entries):
+        raise CheckpointError(f"{checkpoint.path} is {what}")
+    if parts:
+        held = " and ".join(f"{part.kind.name} ({part.layout.name} layout)" for part in parts)
+        raise CheckpointError(f"{checkpoint.path} holds no {wanted} but {held}: give another file")
+    signs = " or ".join(dict.fromkeys(layout.sign for kind in kinds for layout in kind.layouts))
+    first = next(iter(checkpoint.entries), "no tensor at all")
+    raise CheckpointError(f"{checkpoint.path}: unknown layout; expected a tensor {signs}, found {first}: is it another "
+                          "part of the model, or one of several shards?")
+
+
+def _settle_config(part: Part, checkpoint: Checkpoint, config: configs.Config | None) -> configs.Config:
     """The caller's config, config.json's, or the one the shapes tell, in this order; the shapes must agree."""
+    kind, stored = part.kind, shapes.Shapes(part.entries, part.layout, part.prefix)
     try:
         if config is not None and not isinstance(config, kind.config):
             raise CheckpointError(f"config is a {type(config).__name__}, expected a {kind.config.__name__}")
         found = kind.fields(stored)
-        if config is None and checkpoint.config is not None and layout in (kind.hub, kind.bare):
+        if config is None and checkpoint.config is not None and part.layout in (kind.hub, kind.bare):
             config = kind.from_hub(checkpoint.config)
         if config is None:
             return kind.config(**kind.rest(stored, found) | found)
@@ -191,13 +182,12 @@ def _settle_config(kind: Kind, layout: Layout, checkpoint: Checkpoint, stored: s
     return config
 
 
-def _compare(checkpoint: Checkpoint, layout: Layout, prefix: str, entries: Mapping[str, Entry],
-             wanted: Mapping[str, Tensor]) -> None:
+def _compare(checkpoint: Checkpoint, part: Part, wanted: Mapping[str, Tensor]) -> None:
     """Every wanted tensor is there, in its shape, and no other."""
-    where = f"{checkpoint.path} ({layout.name} layout)"
+    where, entries = f"{checkpoint.path} ({part.layout.name} layout)", part.entries
     if missing := [name for name in wanted if name not in entries]:
-        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first {prefix}{missing[0]} of "
-                              f"shape {tuple(wanted[missing[0]].shape)}: is it one of several shards, or cut short?")
+        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first {part.prefix}{missing[0]} "
+                              f"of shape {tuple(wanted[missing[0]].shape)}: is it one of several shards, or cut short?")
     if unknown := [entry.name for name, entry in entries.items() if name not in wanted]:
         raise CheckpointError(f"{where} has {len(unknown)} tensors the model has no place for, first {unknown[0]}: "
                               "is it a variant of the model (LoRA, quantized, more inputs)?")
@@ -206,6 +196,9 @@ def _compare(checkpoint: Checkpoint, layout: Layout, prefix: str, entries: Mappi
         if entry.shape != tuple(tensor.shape):
             raise CheckpointError(f"{entry.file}: tensor {entry.name} has shape {entry.shape}, expected "
                                   f"{tuple(tensor.shape)}: give the config or file that belongs to it")
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
+                                  f"{', '.join(DTYPES)}: use another release of the model")
 
 
 def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None,

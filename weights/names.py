@@ -80,9 +80,9 @@ class Layout:
     name: str
     rows: list[tuple]
     sign: str  # a name that tells files of this layout from all others
-    prefix: str = ""  # before every name in files that hold several modules; read without it too
-    others: tuple[str, ...] = ()  # prefixes of the other modules in such files: passed over
-    ignored: tuple[str, ...] = ()  # names in old files that hold nothing the module needs
+    prefixes: tuple[str, ...] = ()  # before every name in files that hold several modules; read without it too
+    prefix: str = ""  # the one that is written
+    ignored: tuple[str, ...] = ()  # endings of names that hold nothing the module needs
     copies: Mapping[str, str] = field(default_factory=dict)  # second names: a file may use either or both
     needs: Mapping[str, object] = field(default_factory=dict)  # config values that this layout takes for granted
 

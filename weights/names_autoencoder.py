@@ -2,7 +2,8 @@
 
 Both number the encoder's levels from fine to coarse. The hub numbers the decoder's in running order, as we do; the
 original numbers them like the encoder's, so its last level runs first. The original's attention is made of 1 x 1
-convolutions. An original SD3 file holds the transformer beside it; FLUX.1's `ae.safetensors` has no prefix.
+convolutions. An original SD3 file holds the transformer beside it; FLUX.1's `ae.safetensors` has no prefix, merged
+FLUX.1 files have `vae.`.
 """
 
 from .names import CONV_1X1, Layout
@@ -10,8 +11,8 @@ from .names import CONV_1X1, Layout
 AUTOENCODER_ORIGINAL = Layout(
     name="original autoencoder",
     sign="encoder.down.0.block.0.conv1.weight",
+    prefixes=("first_stage_model.", "vae."),
     prefix="first_stage_model.",
-    others=("model.diffusion_model.",),
     rows=[
         ("{half}.conv_in", "{half}.conv_in"),
         ("encoder.levels.{l}.blocks.{j}.norm_{n}", "encoder.down.{l}.block.{j}.norm{n}"),

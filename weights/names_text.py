@@ -7,7 +7,8 @@ from .names import Layout
 CLIP = Layout(
     name="CLIP",
     sign="text_model.encoder.layers.0.self_attn.q_proj.weight",
-    ignored=("text_model.embeddings.position_ids",),
+    prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."),
+    ignored=("embeddings.position_ids", "logit_scale"),
     rows=[
         ("token_embedding", "text_model.embeddings.token_embedding"),
         ("position_embedding", "text_model.embeddings.position_embedding"),
@@ -35,13 +36,15 @@ CLIP_BARE = replace(
     CLIP,
     name="CLIP of transformers 5",
     sign=_bare(CLIP.sign),
-    ignored=_bare(CLIP.ignored),
+    prefixes=(),
     rows=[(ours, _bare(theirs)) for ours, theirs in CLIP.rows],
 )
 
 T5 = Layout(
     name="T5",
     sign="encoder.block.0.layer.0.SelfAttention.q.weight",
+    prefixes=("text_encoders.t5xxl.transformer.",),
+    ignored=("logit_scale",),
     copies={"encoder.embed_tokens.weight": "shared.weight"},
     rows=[
         ("token_embedding", "shared"),

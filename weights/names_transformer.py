@@ -1,7 +1,8 @@
 """The transformer's names in the two families' original files and on the hub (grammar: `names`).
 
-Original FLUX.1: one file, nothing before the names. Original SD3: one file that holds the autoencoder too. The hub
-splits what the originals fuse (q, k, v), and stores a modulation without a gate as (scale, shift).
+Original FLUX.1: one file, nothing before the names; merged files have SD3's prefix. Original SD3: one file that holds
+the autoencoder too. The hub splits what the originals fuse (q, k, v), and stores a modulation without a gate as
+(scale, shift).
 """
 
 from .names import OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, Layout
@@ -9,6 +10,7 @@ from .names import OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, Layout
 FLUX_ORIGINAL = Layout(
     name="original FLUX.1",
     sign="double_blocks.0.img_attn.qkv.weight",
+    prefixes=("model.diffusion_model.",),
     needs={"position": "rope", "patch_size": 2, "context_ends_early": False},
     rows=[
         ("image_in", "img_in"),
@@ -46,8 +48,8 @@ FLUX_ORIGINAL = Layout(
 SD3_ORIGINAL = Layout(
     name="original SD3",
     sign="joint_blocks.0.x_block.attn.qkv.weight",
+    prefixes=("model.diffusion_model.",),
     prefix="model.diffusion_model.",
-    others=("first_stage_model.",),
     needs={"position": "table"},
     rows=[
         ("image_in.weight", "x_embedder.proj.weight", PATCH_CONV),

@@ -21,8 +21,8 @@ FLUX_LATENTS, SD3_LATENTS = {"shift": 0.1159, "scaling": 0.3611}, {"shift": 0.06
 class Shapes:
     """Shapes of stored tensors under our names; of several that make one of ours, the first's."""
 
-    def __init__(self, entries: Mapping[str, Entry], layout: Layout, prefixed: bool):
-        self.entries, self.layout, self.prefixed = entries, layout, prefixed
+    def __init__(self, entries: Mapping[str, Entry], layout: Layout, prefix: str = ""):
+        self.entries, self.layout, self.prefix = entries, layout, prefix
 
     def get(self, ours: str) -> tuple[int, ...] | None:
         try:
@@ -98,7 +98,7 @@ def autoencoder_rest(shapes: Shapes, found: Fields) -> Fields:
             "the scaling and shift of these latents are not known without a config.json: "
             "give config=AutoencoderConfig(...)"
         )
-    return SD3_LATENTS if shapes.prefixed else FLUX_LATENTS
+    return SD3_LATENTS if shapes.prefix == "first_stage_model." else FLUX_LATENTS
 
 
 def clip_fields(shapes: Shapes) -> Fields:

@@ -9,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from weights import CheckpointError
-from weights.files import open_checkpoint, write_file, write_folder
+from weights.files import read_tensor
+from weights.locate import open_checkpoint
+from weights.writing import write_file, write_folder
 
 CONFIG = {"hidden": 4}
 
@@ -41,8 +43,8 @@ def test_the_library_s_files_are_read(tmp_path, tensors):
     tensors["t"] = tensors["t"].contiguous()
     save_file(tensors, tmp_path / "x.safetensors")
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    same({name: checkpoint.read(entry) for name, entry in checkpoint.entries.items()}, tensors)
-    assert checkpoint.read(checkpoint.entries["a"], torch.bfloat16).dtype == torch.bfloat16
+    same({name: read_tensor(entry) for name, entry in checkpoint.entries.items()}, tensors)
+    assert read_tensor(checkpoint.entries["a"], torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("limit", "files"), [(None, 1), (1000, 1), (48, 2), (24, 4), (1, 5)])
@@ -56,7 +58,7 @@ def test_shards_hold_every_tensor_once_and_respect_the_limit(tmp_path, tensors, 
     if limit:
         assert all(len(c) == 1 or sum(t.nbytes for t in c.values()) <= limit for c in contents)
     checkpoint = open_checkpoint(tmp_path / "hub")
-    same({name: checkpoint.read(entry) for name, entry in checkpoint.entries.items()}, tensors)
+    same({name: read_tensor(entry) for name, entry in checkpoint.entries.items()}, tensors)
     assert checkpoint.config == CONFIG
     if files > 1:
         index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
@@ -64,14 +66,13 @@ def test_shards_hold_every_tensor_once_and_respect_the_limit(tmp_path, tensors, 
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    (lambda whole: b"", "header too small"),
-    (lambda whole: whole[:5], "header too small"),
-    (lambda whole: whole[:50], "invalid header length"),
-    (lambda whole: whole[:-1], "not fully covered"),
-    (lambda whole: whole + b"x", "not fully covered"),
-    (lambda whole: b"PK\x03\x04" + bytes(100), "."),
-    (lambda whole: (9).to_bytes(8, "little") + b"not json!", "invalid JSON"),
-], ids=["empty", "five bytes", "half a header", "byte short", "byte long", "zip", "no json"])
+    (lambda whole: b"", "has 0 bytes"),
+    (lambda whole: whole[:5], "has 5 bytes"),
+    (lambda whole: whole[:50], "header would be .* bytes long, the file has 50"),
+    (lambda whole: whole[:-1], r"tensor \w ends at byte"),
+    (lambda whole: whole + b"x", "1 bytes belong to no tensor"),
+    (lambda whole: (9).to_bytes(8, "little") + b"not json!", "header is no JSON"),
+], ids=["empty", "five bytes", "half a header", "byte short", "byte long", "no json"])
 def test_damaged_files_are_refused(tmp_path, tensors, content, reason):
     file = tmp_path / "x.safetensors"
     write_file(file, tensors)
@@ -111,10 +112,10 @@ def test_plain_names_come_before_variants(tmp_path, tensors):
 
 
 def test_stored_types_that_are_no_floats_are_refused(tmp_path):
-    save_file({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    save_file({"w": torch.zeros(2, dtype=torch.int32)}, tmp_path / "x.safetensors")
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="tensor w is stored as F8_E4M3, expected one of F64, F32, F16, BF16"):
-        checkpoint.read(checkpoint.entries["w"])
+    with pytest.raises(CheckpointError, match="tensor w is stored as I32, expected one of F64, F32, F16, BF16"):
+        read_tensor(checkpoint.entries["w"])
     with pytest.raises(CheckpointError, match="tensor w is torch.int64"):
         write_file(tmp_path / "y.safetensors", {"w": torch.zeros(2, dtype=torch.int64)})
     assert os.listdir(tmp_path) == ["x.safetensors"]

@@ -100,7 +100,6 @@ def test_every_parameter_is_filled_and_still_trains(tmp_path):
 
 
 def test_a_model_may_change_and_be_saved_over_the_file_it_came_from(tmp_path):
-    """Loaded tensors may be views of the mapped file: changing them must not change it, nor replacing it them."""
     path = tmp_path / "x.safetensors"
     save_transformer(MMDiT(FLUX), path)
     before, model = path.read_bytes(), load_transformer(path, FLUX)
@@ -252,12 +251,12 @@ def test_rotary_axes_cannot_be_guessed():
 
 
 def test_a_loader_refuses_another_s_file(stored, tmp_path):
-    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor first_stage_model"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors holds no autoencoder but SD3 transformer \(orig"):
         load_autoencoder(stored)
-    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor text_model"):
+    with pytest.raises(CheckpointError, match="holds no CLIP text encoder or T5 encoder but SD3 transformer"):
         load_text_encoder(stored)
     save_text_encoder(T5Encoder(T5), tmp_path / "transformer", "hub")
-    with pytest.raises(CheckpointError, match="unknown layout; expected a tensor double_blocks"):
+    with pytest.raises(CheckpointError, match=r"holds no FLUX\.1 transformer or SD3 transformer but T5 encoder"):
         load_transformer(tmp_path)
     with pytest.raises(CheckpointError, match="config is a MMDiTConfig, expected a T5Config"):
         load_text_encoder(tmp_path / "transformer", PRESETS["flux1-dev"])

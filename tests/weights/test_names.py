@@ -51,11 +51,11 @@ CLASSES = {load.FLUX: "FluxTransformer2DModel", load.SD3: "SD3Transformer2DModel
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}:{case[1]}")
 def case(request):
-    """(tensors of the part without their prefix, kind, layout, config, config.json of the manifest, has prefix)."""
+    """(tensors of the part without their prefix, kind, layout, config, config.json of the manifest, prefix)."""
     name, prefix, kind, which, config = request.param
     manifest = MANIFESTS[name]
     tensors = {n.removeprefix(prefix): tuple(s) for n, s in manifest["tensors"].items() if n.startswith(prefix)}
-    return tensors, kind, getattr(kind, which), config, manifest["config"], bool(prefix)
+    return tensors, kind, getattr(kind, which), config, manifest["config"], prefix
 
 
 def on_meta(kind, config):
@@ -85,8 +85,8 @@ def test_the_public_file_mapped_to_our_names_is_our_module(case):
 
 
 def test_sizes_are_found_from_names_and_shapes(case):
-    tensors, kind, layout, config, _, prefixed = case
-    stored = Shapes({n: Entry(Path("file"), n, "F32", s) for n, s in tensors.items()}, layout, prefixed)
+    tensors, kind, layout, config, _, prefix = case
+    stored = Shapes({n: Entry(Path("file"), n, "F32", s) for n, s in tensors.items()}, layout, prefix)
     found = kind.fields(stored)
     if kind is load.AUTOENCODER and layout is kind.hub:  # whose latents only config.json describes
         assert found.items() <= vars(config).items()
