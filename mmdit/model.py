@@ -33,15 +33,16 @@ class MMDiT(nn.Module):
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
                 guidance: Tensor | None = None, reference: Tensor | None = None,
-                repulsion: Repulsion | None = None, groups: int = 1) -> Tensor:
+                repulsion: Repulsion | None = None, groups: int = 1, skip_layers: tuple[int, ...] = ()) -> Tensor:
         """The velocity (noise − image) at a noise level.
 
         latent (B, C, H, W); timestep (B,) in [0, 1], which is σ; context (B, N, context_dim); pooled (B, pooled_dim);
         guidance (B,) for models distilled with it; reference (B, C, H', W'): Kontext's picture to edit → (B, C, H, W).
         `repulsion` pushes the samples of each group apart; the batch is `groups` groups of equal size, one after the
-        other (with classifier-free guidance: two). Raises ValueError where a shape does not fit.
+        other (with classifier-free guidance: two). `skip_layers` are dual-stream blocks to leave out (skip-layer
+        guidance, SD3.5-medium). Raises ValueError where a shape does not fit.
         """
-        self._check(latent, timestep, context, pooled, guidance, reference, repulsion, groups)
+        self._check(latent, timestep, context, pooled, guidance, reference, repulsion, groups, skip_layers)
         p, n = self.config.patch_size, context.shape[1]
         rows, columns = latent.shape[2] // p, latent.shape[3] // p
         dtype = self.image_in.weight.dtype
@@ -53,6 +54,8 @@ class MMDiT(nn.Module):
         image, angles = self._embed(latent.to(dtype), None if reference is None else reference.to(dtype), n)
 
         for index, block in enumerate(self.dual_blocks):
+            if index in skip_layers:
+                continue
             here = repulsion if repulsion and repulsion.acts_in(index, self.config.num_blocks) else None
             context, image = block(context, image, vector, angles, here, groups)
         if self.single_blocks:
@@ -80,7 +83,7 @@ class MMDiT(nn.Module):
             return image + crop_table(self.position_table, rows, columns).to(image.dtype), None
         return image, rope_angles(torch.cat(positions), self.config.rope_axes, self.config.rope_theta)
 
-    def _check(self, latent, timestep, context, pooled, guidance, reference, repulsion, groups) -> None:
+    def _check(self, latent, timestep, context, pooled, guidance, reference, repulsion, groups, skip_layers) -> None:
         config, b = self.config, latent.shape[0] if latent.ndim else 0
         wanted = {
             "latent": (latent, ("B", config.latent_channels, "H", "W")),
@@ -113,3 +116,6 @@ class MMDiT(nn.Module):
             repulsion.check_blocks(config.num_blocks)
         if groups < 1 or b % groups:
             raise ValueError(f"a batch of {b} cannot be {groups} groups of equal size")
+        if any(not 0 <= i < config.num_dual_blocks for i in skip_layers):
+            raise ValueError(f"skip_layers {tuple(skip_layers)} must lie in 0 … {config.num_dual_blocks - 1}, the "
+                             "dual-stream blocks")

@@ -9,10 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from repulsion import Repulsion
 
 from . import output, report
+from .guidance import SkipLayerGuidance
 from .pipeline import Pipeline
 
 EPILOG = """\
@@ -25,6 +27,7 @@ examples:
   python -m sampler "a star and a square" --images 4 --seed 7 --scale 1e7
   python -m sampler "a small green ring on the left" --blocks middle --site block
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
+  python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
 Too alike? Raise --scale tenfold. No longer what the prompt says? Lower it, or repel in fewer steps or blocks."""
@@ -32,10 +35,13 @@ Too alike? Raise --scale tenfold. No longer what the prompt says? Lower it, or r
 
 def blocks(text: str) -> str | tuple[int, ...]:
     """ "all", "first", "middle", "last", or indices as in 0-3,7."""
-    if text in ("all", "first", "middle", "last"):
-        return text
+    return text if text in ("all", "first", "middle", "last") else indices(text, "all, first, middle, last or ")
+
+
+def indices(text: str, other: str = "") -> tuple[int, ...]:
+    """Indices as in 0-3,7."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not all, first, middle, last or a list such as 0-3,7")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {other}a list such as 0-3,7")
     ranges = [[int(n) for n in part.split("-")] for part in text.split(",")]
     return tuple(i for r in ranges for i in range(r[0], r[-1] + 1))
 
@@ -50,8 +56,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="how strongly the prompt rules (default: the checkpoint's)")
     p.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from (default: nothing)")
-    p.add_argument("--height", type=int, help="pixels (default: the checkpoint's)")
-    p.add_argument("--width", type=int, help="pixels (default: the checkpoint's)")
+    p.add_argument("--height", type=int, help="pixels (default: the checkpoint's; with --image about that picture's)")
+    p.add_argument("--width", type=int, help="pixels (likewise)")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the picture to edit (FLUX.1-Kontext)")
+    p.add_argument("--true-guidance", type=float, metavar="W",
+                   help="FLUX.1: lead away from --negative this strongly, in twice the time")
+    p.add_argument("--skip-layers", type=indices, metavar="LIST",
+                   help="SD3.5-medium: lead away from what it paints without these blocks, usually 7-9")
+    p.add_argument("--skip-scale", type=float, metavar="S", help="how strongly (default: 2.8)")
     r = p.add_argument_group("repulsion (defaults: the checkpoint's)")
     r.add_argument("--scale", type=float, help="η, the strength of the push; its unit differs from model to model")
     r.add_argument("--iterations", type=int, help="M, the small steps that one push is made of")
@@ -80,27 +92,55 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion:
     return replace(default, **said)
 
 
+def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
+    """What --skip-layers and --skip-scale ask for."""
+    if args.skip_layers is None:
+        if args.skip_scale is not None:
+            raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
+        return None
+    scale = {} if args.skip_scale is None else {"scale": args.skip_scale}
+    return SkipLayerGuidance(args.skip_layers, **scale)
+
+
+def open_picture(file: Path) -> Image.Image:
+    """The picture in a file. Raises FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--image {file}: there is no such file")
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {file} is no picture that can be read ({error}): give a PNG or JPEG") from error
+    return picture
+
+
 def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         output.refuse_existing(args.out, args.overwrite)  # before anything is painted
+    image = None if args.image is None else open_picture(args.image)
+    skip = skip_layer_guidance(args)
     pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device)
     repulsion = settings(args, pipeline.defaults.repulsion)
     repulsion.check_blocks(pipeline.transformer.config.num_blocks)
-    call = {"steps": args.steps, "guidance": args.guidance, "negative_prompt": args.negative, "height": args.height,
-            "width": args.width, "seed": args.seed}
+    call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
+            "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed}
 
     batches = {} if args.no_compare else {"base": None}
     batches["repelled"] = repulsion
     pictures, found = {}, {}
     for name, push in batches.items():
         start = time.perf_counter()
-        pictures[name] = pipeline(args.prompt, args.images, **call, repulsion=push, progress=name)
+        pictures[name] = pipeline(args.prompt, args.images, **call, image=image, skip_layer_guidance=skip,
+                                  repulsion=push, progress=name)
         seconds = time.perf_counter() - start
         found[name] = report.describe_batch(pictures[name], args.prompt, pipeline.defaults.world)
         found[name]["seconds"] = round(seconds, 3)
 
+    width, height = pictures["repelled"][0].size
     about = {"model": args.model, "prompt": args.prompt, "images": args.images,
-             **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()}}
+             **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
+             "height": height, "width": width, "image": None if image is None else str(args.image),
+             "skip_layer_guidance": None if skip is None else asdict(skip)}
     summary = {**about, "repulsion": asdict(repulsion), "batches": found}
     slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
     target = args.out or output.free_folder(Path("outputs") / slug)

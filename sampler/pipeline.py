@@ -1,7 +1,5 @@
 """`Pipeline`: a checkpoint on disk, then a prompt in and pictures out."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,33 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 import weights
-from mmdit import PRESETS, Autoencoder, ClipTextEncoder, ClipTokenizer, MMDiT, T5Tokenizer
+from mmdit import Autoencoder, ClipTextEncoder, ClipTokenizer, MMDiT, T5Tokenizer
 from repulsion import Repulsion
 
 from .conditioning import TextEncoders
+from .defaults import Defaults, find_defaults, read_json
+from .guidance import SkipLayerGuidance
+from .kontext import reference_pixels
 from .schedule import euler, sigmas, starting_noise
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a checkpoint wants where the caller says nothing. Sizes in pixels."""
-
-    steps: int
-    guidance: float | None = None  # of classifier-free guidance, or of the guidance embedding; None: neither
-    height: int = 1024
-    width: int = 1024
-    repulsion: Repulsion | None = None
-    world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
-
-
-PUBLIC = {  # by the transformer's sizes; dev and Kontext share them, large and turbo too (told apart by name)
-    "flux1-dev": Defaults(28, 3.5, repulsion=Repulsion.preset("flux1-dev")),
-    "flux1-schnell": Defaults(4),
-    "sd3-medium": Defaults(28, 7.0),
-    "sd3.5-medium": Defaults(40, 4.5),
-    "sd3.5-large": Defaults(28, 4.5, repulsion=Repulsion.preset("sd3.5-large")),
-    "sd3.5-large-turbo": Defaults(4, repulsion=Repulsion.preset("sd3.5-large-turbo")),
-}
 
 
 class Pipeline:
@@ -81,7 +60,7 @@ class Pipeline:
                 text.t5 = T5Tokenizer(folder / f"tokenizer{number}"), encoder
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
-        return cls(transformer, autoencoder, text, shift, find_defaults(folder, transformer))
+        return cls(transformer, autoencoder, text, shift, find_defaults(folder, transformer.config))
 
     @property
     def multiple(self) -> int:
@@ -92,51 +71,58 @@ class Pipeline:
     def __call__(self, prompt: str, images: int = 4, *, steps: int | None = None, guidance: float | None = None,
                  height: int | None = None, width: int | None = None, seed: int = 0, noise: Tensor | None = None,
                  negative_prompt: str | None = None, image: Image.Image | None = None,
+                 true_guidance: float | None = None, skip_layer_guidance: SkipLayerGuidance | None = None,
                  repulsion: Repulsion | None = None, progress: str | None = None) -> list[Image.Image]:
         """A batch of pictures of one prompt, repelling each other if `repulsion` is given.
 
         steps, guidance, height and width (pixels) default to the checkpoint's. The noise of picture i depends on
         `seed` and i alone; `noise` (images, c, height / 8, width / 8) replaces it. `negative_prompt` is what
-        classifier-free guidance leads away from (default: nothing). `image`: the picture that FLUX.1-Kontext edits.
-        `progress` names a progress bar. Raises ValueError, naming the argument, for a call that cannot be right.
+        classifier-free guidance leads away from (default: nothing). That guidance is `guidance` above 1 with SD3; with
+        FLUX.1, whose own was distilled into it, `true_guidance` above 1 and a negative prompt. `image`: the picture
+        that FLUX.1-Kontext edits, resized as the original does (see `reference_size`); height and width then default
+        to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
+        (SD3.5-medium). The samples of each branch repel each other, those of the third as well, so that guidance
+        amplifies what sets the branches apart and not the push. `progress` names a progress bar.
+        Raises ValueError, naming the argument, for a call that cannot be right.
         """
         steps = self.defaults.steps if steps is None else steps
         guidance = self.defaults.guidance if guidance is None else guidance
-        height, width = height or self.defaults.height, width or self.defaults.width
-        self._check(prompt, images, guidance, height, width, negative_prompt)
-        config, weight = self.transformer.config, self.transformer.image_in.weight
-        latent_shape = (config.latent_channels, height // self.autoencoder.downscale,
-                        width // self.autoencoder.downscale)
-        if noise is None:
-            noise = starting_noise(seed, images, latent_shape)
-        elif tuple(noise.shape) != (images, *latent_shape):
-            raise ValueError(f"noise must have the shape {(images, *latent_shape)}, got {tuple(noise.shape)}")
-        noise = noise.to(weight.device, torch.float32)
+        self._check(prompt, images, image, skip_layer_guidance)
+        weight = self._classifier_free(guidance, true_guidance, negative_prompt, skip_layer_guidance)
+        area = self.defaults.height * self.defaults.width
+        pixels = None if image is None else reference_pixels(image, area, self.multiple)
+        height, width = self._size(height, width, pixels)
+        levels = self.sigmas(steps, height, width)
+        noise = self._noise(seed, images, height, width, noise)
 
-        prompts, distilled = [prompt], None
-        if config.guidance_embedding:
-            distilled = torch.full((images,), guidance, device=weight.device)
-        elif guidance is not None and guidance > 1:
-            prompts = [negative_prompt or "", prompt]  # both branches in one batch, the unconditional one first
-        encoded = [self.text(p) for p in prompts]
-        context, pooled = (repeat(torch.cat(parts), "g ... -> (g images) ...", images=images)
-                           for parts in zip(*encoded, strict=True))
-        reference = None if image is None else self._encode(image, len(prompts) * images)
+        # both branches of classifier-free guidance are one batch of two groups, the unconditional one first
+        prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
+        context, pooled = self._encode_prompts(prompts, images)
+        reference = None if pixels is None else self._encode_picture(pixels)
+        embedded = noise.new_full((1,), guidance) if self.transformer.config.guidance_embedding else None
+
+        def predict(x: Tensor, sigma: float, step: int, groups: int, skip_layers: tuple[int, ...] = ()) -> Tensor:
+            n = groups * images  # the last n of the batch: in one group, the conditional branch
+            return self.transformer(
+                repeat(x, "b ... -> (g b) ...", g=groups), x.new_full((n,), sigma), context[-n:], pooled[-n:],
+                None if embedded is None else embedded.expand(n),
+                None if reference is None else reference.expand(n, -1, -1, -1),
+                repulsion if repulsion is not None and step < repulsion.steps else None, groups, skip_layers,
+            ).float()
 
         def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
-            groups = len(prompts)
-            v = self.transformer(
-                repeat(x, "b ... -> (g b) ...", g=groups), torch.full((groups * images,), sigma, device=x.device),
-                context, pooled, distilled, reference,
-                repulsion if repulsion is not None and step < repulsion.steps else None, groups,
-            ).float()
-            if groups == 1:
-                return v
-            unconditional, conditional = v.chunk(2)
-            return unconditional + guidance * (conditional - unconditional)
+            if weight is None:
+                return predict(x, sigma, step, groups=1)
+            unconditional, conditional = predict(x, sigma, step, groups=2).chunk(2)
+            v = unconditional + weight * (conditional - unconditional)
+            if skip_layer_guidance is not None and skip_layer_guidance.acts_in(step, steps):
+                skipped = predict(x, sigma, step, groups=1, skip_layers=skip_layer_guidance.layers)
+                v = v + skip_layer_guidance.scale * (conditional - skipped)
+            return v
 
-        latent = euler(velocity, noise, self.sigmas(steps, height, width), progress)
-        return [to_picture(x) for x in self.autoencoder.decode(latent.to(weight.dtype)).float()]
+        latent = euler(velocity, noise, levels, progress)
+        latent = latent.to(self.transformer.image_in.weight.dtype)
+        return [to_picture(x) for x in self.autoencoder.decode(latent).float()]
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
@@ -145,31 +131,73 @@ class Pipeline:
         tokens = (height // self.multiple) * (width // self.multiple)
         return sigmas(steps, image_tokens=tokens) if self.shift is None else sigmas(steps, shift=self.shift)
 
-    def _encode(self, picture: Image.Image, batch: int) -> Tensor:
-        """Kontext's reference picture as a latent, sides cut down to legal multiples: (batch, c, H', W')."""
-        sides = [side // self.multiple * self.multiple for side in picture.size]
-        pixels = torch.frombuffer(bytearray(picture.convert("RGB").resize(sides).tobytes()), dtype=torch.uint8)
-        weight = self.transformer.image_in.weight
-        pixels = rearrange(pixels, "(y x c) -> 1 c y x", y=sides[1], c=3).to(weight) / 127.5 - 1
-        return repeat(self.autoencoder.encode(pixels), "1 ... -> b ...", b=batch)
+    def _encode_prompts(self, prompts: list[str], images: int) -> tuple[Tensor, Tensor]:
+        """Context and pooled vector of each prompt, once for each picture: (prompts · images, …)."""
+        encoded = zip(*(self.text(prompt) for prompt in prompts), strict=True)
+        context, pooled = (repeat(torch.cat(parts), "g ... -> (g images) ...", images=images) for parts in encoded)
+        return context, pooled
 
-    def _check(self, prompt, images, guidance, height, width, negative_prompt) -> None:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("the prompt is empty: say what the pictures should show")
-        if images < 1:
-            raise ValueError(f"images must be at least 1, got {images}")
+    def _encode_picture(self, pixels: Tensor) -> Tensor:
+        """Kontext's reference (1, 3, H, W) in [-1, 1] as a latent: (1, c, H / 8, W / 8)."""
+        return self.autoencoder.encode(pixels.to(self.transformer.image_in.weight))
+
+    def _noise(self, seed: int, images: int, height: int, width: int, noise: Tensor | None) -> Tensor:
+        """The caller's noise or the seed's, on the transformer's device, float32."""
+        downscale = self.autoencoder.downscale
+        shape = (self.transformer.config.latent_channels, height // downscale, width // downscale)
+        if noise is None:
+            noise = starting_noise(seed, images, shape)
+        elif tuple(noise.shape) != (images, *shape):
+            raise ValueError(f"noise must have the shape {(images, *shape)}, got {tuple(noise.shape)}")
+        return noise.to(self.transformer.image_in.weight.device, torch.float32)
+
+    def _size(self, height: int | None, width: int | None, pixels: Tensor | None) -> tuple[int, int]:
+        """Height and width: the caller's, the reference picture's, or the checkpoint's."""
+        usual = (self.defaults.height, self.defaults.width) if pixels is None else pixels.shape[2:]
+        height, width = (wanted if side is None else side for side, wanted in zip((height, width), usual, strict=True))
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.multiple:
                 near = max(1, round(side / self.multiple)) * self.multiple
                 raise ValueError(f"{name} {side} is no multiple of {self.multiple}: the nearest that works is {near}")
-        if self.transformer.config.guidance_embedding and guidance is None:
+        return height, width
+
+    def _check(self, prompt, images, image, skip) -> None:
+        config = self.transformer.config
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError("the prompt is empty: say what the pictures should show")
+        if images < 1:
+            raise ValueError(f"images must be at least 1, got {images}")
+        if image is not None and not isinstance(image, Image.Image):
+            raise ValueError(f"image must be a PIL image, got a {type(image).__name__}: open the file with PIL")
+        if image is not None and config.position != "rope":
+            raise ValueError("image: a reference picture needs rotary positions, which FLUX.1-Kontext has and this "
+                             "checkpoint has not: leave it out, or load a Kontext checkpoint")
+        if skip is not None:
+            skip.check_layers(config.num_dual_blocks)
+
+    def _classifier_free(self, guidance, true_guidance, negative_prompt, skip) -> float | None:
+        """The weight of classifier-free guidance, or None for a call without it."""
+        flux, distilled = self.text.family == "flux", self.transformer.config.guidance_embedding
+        for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {value}")
+        if distilled and guidance is None:
             raise ValueError("this checkpoint was distilled with guidance: pass a guidance scale, such as 3.5")
-        if guidance is not None and not 0 <= guidance < float("inf"):
-            raise ValueError(f"guidance must be a finite number, 0 or more, got {guidance}")
-        without = self.transformer.config.guidance_embedding or guidance is None or guidance <= 1
-        if negative_prompt is not None and without:
-            raise ValueError("negative_prompt needs classifier-free guidance: a guidance above 1, and a checkpoint "
-                             "without a guidance embedding")
+        if flux and not distilled and guidance is not None and guidance > 1:
+            raise ValueError(f"guidance {guidance} means nothing to a FLUX.1 without guidance embedding: leave it "
+                             "out, or pass true_guidance and a negative_prompt")
+        if true_guidance is not None and not flux:
+            raise ValueError("true_guidance is for FLUX.1: this checkpoint's guidance is classifier-free, pass that")
+        weight = true_guidance if flux else guidance
+        if weight is not None and weight > 1:
+            if flux and negative_prompt is None:
+                raise ValueError('true_guidance needs a negative_prompt to lead away from: pass one, or "" for nothing')
+            return weight
+        for name, value in (("negative_prompt", negative_prompt), ("skip_layer_guidance", skip)):
+            if value is not None:
+                raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with FLUX.1 a "
+                                 "true_guidance above 1")
+        return None
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -178,32 +206,6 @@ def usable_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def find_defaults(folder: Path, transformer: MMDiT) -> Defaults:
-    """From the folder's `sampling.json` (embedded checkpoints), else by the sizes and name of a public one."""
-    if (folder / "sampling.json").is_file():
-        found = read_json(folder / "sampling.json")
-        if found.get("repulsion"):
-            found["repulsion"] = Repulsion(**found["repulsion"])
-        return Defaults(**found)
-    for name, defaults in PUBLIC.items():
-        if PRESETS[name] == transformer.config:
-            turbo = name == "sd3.5-large" and "turbo" in folder.resolve().name.lower()
-            return PUBLIC["sd3.5-large-turbo"] if turbo else defaults
-    if transformer.config.position == "rope":
-        return PUBLIC["flux1-dev" if transformer.config.guidance_embedding else "flux1-schnell"]
-    return PUBLIC["sd3-medium"]
-
-
-def read_json(file: Path) -> dict:
-    """A JSON file's contents. Raises FileNotFoundError or ValueError naming the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: download the checkpoint's folder again")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from error
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 
 from mmdit import PRESETS, MMDiT, MMDiTConfig
 from weights import load_transformer
@@ -161,6 +161,34 @@ def test_a_reference_is_read_and_not_painted():
     assert difference(model(**inputs, reference=inputs["latent"]), without) > 1e-3
 
 
+# ---- skipped layers
+
+
+@pytest.mark.parametrize(("config", "skipped"), [(ROPE, (0,)), (TABLE, (1,)), (TABLE, (2,))])
+def test_a_model_that_skips_a_block_is_the_model_without_it(config, skipped):
+    model, inputs = model_of(config), inputs_for(config)
+    without = copy.deepcopy(model)
+    del without.dual_blocks[skipped[0]]
+    found = model(**inputs, skip_layers=skipped)
+    assert torch.equal(found, without(**inputs))
+    assert difference(found, model(**inputs)) > 1e-3
+
+
+def test_skipped_layers_agree_with_diffusers(tmp_path):
+    torch.manual_seed(1)
+    theirs = randomize(SD3Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=4, attention_head_dim=32, num_attention_heads=2, sample_size=16,
+        joint_attention_dim=24, caption_projection_dim=64, pooled_projection_dim=20, pos_embed_max_size=32,
+        qk_norm="rms_norm", dual_attention_layers=(0, 1),
+    ))  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    ours, inputs = load_transformer(tmp_path), inputs_for(TABLE, dtype=torch.float32)
+    for skipped in ((1, 2), (0, 3)):
+        wanted = theirs(inputs["latent"], inputs["context"], inputs["pooled"], 1000 * inputs["timestep"],
+                        skip_layers=list(skipped), return_dict=False)[0]
+        assert difference(ours(**inputs, skip_layers=skipped), wanted) < 1e-4  # float32, as above
+
+
 # ---- sizes of the public checkpoints
 
 
@@ -236,5 +264,7 @@ def test_each_family_refuses_what_only_the_other_understands():
         model_of(ROPE)(**inputs, guidance=torch.ones(3))
     with pytest.raises(ValueError, match="rotary positions .*this model has a table"):
         model_of(TABLE)(**inputs, reference=inputs["latent"])
+    with pytest.raises(ValueError, match=r"skip_layers \(1, 2\) must lie in 0 … 1"):  # the dual-stream blocks alone
+        model_of(ROPE)(**inputs, skip_layers=(1, 2))
     with pytest.raises(ValueError, match="position table ends at 32 × 32"):
         model_of(TABLE)(**inputs_for(TABLE, height=66))

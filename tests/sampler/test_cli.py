@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from diffusers import FluxKontextPipeline
 from PIL import Image
+from small_pipelines import flux, saved
 
 from sampler import __main__ as cli
 from sampler import output
 from weights import EMBEDDED
 
+PICTURE = Path(__file__).parents[2] / "docs" / "samples.png"
 
 @pytest.fixture
 def call(pipeline, monkeypatch, tmp_path):
@@ -78,6 +82,29 @@ def test_no_compare_makes_the_repelled_batch_alone(call, tmp_path):
     assert {f.name for f in (tmp_path / "here").iterdir()} == {"repelled.png", "repelled-00.png", "summary.json"}
 
 
+def test_a_picture_is_edited_and_the_summary_says_which(call, tmp_path):
+    theirs, _ = saved(flux(FluxKontextPipeline, levels=3, blocks=1), tmp_path / "Small-Kontext")
+    sampling = {"steps": 2, "guidance": 2.5, "height": 64, "width": 64}
+    (tmp_path / "Small-Kontext/sampling.json").write_text(json.dumps(sampling))
+    Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).save(tmp_path / "photo.png")
+    assert call("a star", "--model", "Small-Kontext", "--image", "photo.png", "--images", "2", "--scale", "1e3",
+                "--negative", "a ring", "--true-guidance", "2", "--out", "here") == 0
+    summary = json.loads((tmp_path / "here/summary.json").read_text())
+    assert (summary["image"], summary["width"], summary["height"]) == ("photo.png", 72, 48)  # 1248 × 832, a sixteenth
+    assert (summary["true_guidance"], summary["negative_prompt"]) == (2.0, "a ring")
+    single = Image.open(tmp_path / "here/repelled-01.png")
+    assert single.size == (72, 48) and single.text["image"] == "photo.png"
+
+
+def test_skipped_layers_reach_the_pictures_and_the_summary(call, tmp_path):
+    quick = ("a star", "--images", "1", "--steps", "8", "--no-compare")
+    for out, skip in (("plain", ()), ("skip", ("--skip-layers", "1-2,4", "--skip-scale", "3"))):
+        assert call(*quick, "--out", out, *skip) == 0
+    summary = json.loads((tmp_path / "skip/summary.json").read_text())
+    assert summary["skip_layer_guidance"] == {"layers": [1, 2, 4], "scale": 3.0, "start": 0.01, "stop": 0.2}
+    assert Image.open(tmp_path / "plain/repelled.png").tobytes() != Image.open(tmp_path / "skip/repelled.png").tobytes()
+
+
 def test_ctrl_c_leaves_nothing_half_written(call, tmp_path, monkeypatch, capsys):
     save, saved = output.save_png, []
 
@@ -114,6 +141,12 @@ def test_every_option_reaches_the_settings():
     (["a circle", "--negative", "x", "--guidance", "1"], "negative_prompt needs"),
     (["a circle", "--blocks", "5-8"], "repulsion in block 8, but this model's blocks end at 7"),
     (["a circle", "--model", str(EMBEDDED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["a circle", "--image", "photo.png"], "--image photo.png: there is no such file"),
+    (["a circle", "--image", __file__], "test_cli.py is no picture that can be read"),
+    (["a circle", "--image", str(PICTURE)], "a reference picture needs rotary positions, which FLUX.1-Kontext has"),
+    (["a circle", "--true-guidance", "3"], "true_guidance is for FLUX.1"),
+    (["a circle", "--skip-scale", "3"], "--skip-scale needs --skip-layers"),
+    (["a circle", "--skip-layers", "7-9"], "skips layer 9, but this model's dual-stream blocks end at 7"),
 ])  # fmt: skip
 def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, arguments, message):
     assert call(*arguments) == 2
@@ -122,11 +155,19 @@ def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, a
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--site", "mlp"], []])
+@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--site", "mlp"],
+                                       ["a circle", "--skip-layers", "middle"], []])
 def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         cli.parser().parse_args(arguments)
     assert stop.value.code == 2
+
+
+def test_a_picture_that_was_cut_short_is_named(call, tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(PICTURE.read_bytes()[:-2000])
+    assert call("a circle", "--image", "cut.png") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --image cut.png is no picture that can be read") and error.count("\n") == 1
 
 
 def test_as_a_process_a_truncated_file_is_one_line_and_exit_code_2(tmp_path):

@@ -1,90 +1,93 @@
 """The same pipeline code on FLUX.1: small random checkpoints saved by diffusers, the same prompt and noise."""
 
-import shutil
-
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from einops import rearrange
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from small_pipelines import assert_other_pictures, assert_same_pictures, flux, latents_of, saved
 
-import weights
+from mmdit import MMDiT
 from repulsion import Repulsion
-from sampler import Pipeline, starting_noise
+from sampler import starting_noise
 
-TOKENIZERS = weights.EMBEDDED["tiny-sd3"]
+PROMPT, SIZE = "a red circle and a star", {"height": 32, "width": 48}
+NOISE = starting_noise(1, 3, (16, 8, 12))  # 32 × 48 pixels at a quarter
 
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])
 def both(request, tmp_path_factory):
     """A small random FLUX.1 pipeline in diffusers, and ours, loaded from what it saved."""
-    torch.manual_seed(0)
     dev = request.param == "dev"
-    clip, t5 = CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer"), T5Tokenizer.from_pretrained(
-        TOKENIZERS / "tokenizer_3")
-    end = clip.eos_token_id
-    theirs = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, base_shift=0.5, max_shift=1.15),
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-            block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
-            use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
-        ),
-        text_encoder=CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=24, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
-        )),
-        tokenizer=clip,
-        text_encoder_2=T5EncoderModel(T5Config(
-            vocab_size=128, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-        )),
-        tokenizer_2=t5,
-        transformer=FluxTransformer2DModel(
-            in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
-            joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=dev, axes_dims_rope=(8, 12, 12),
-        ),
-    )  # fmt: skip
-    theirs.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp(request.param)
-    theirs.save_pretrained(folder)
-    # transformers 5 writes tokenizer.json alone; the public folders hold spiece.model
-    shutil.copy(TOKENIZERS / "tokenizer_3" / "spiece.model", folder / "tokenizer_2")
-    shutil.copy(TOKENIZERS / "tokenizer_3" / "tokenizer_config.json", folder / "tokenizer_2")
-    return theirs, Pipeline.load(folder), dev
+    return *saved(flux(guidance=dev), tmp_path_factory.mktemp(request.param)), dev
+
+
+def diffusers_pictures(pipe, **call):
+    return pipe(PROMPT, num_images_per_prompt=3, num_inference_steps=5, guidance_scale=2.5, max_sequence_length=24,
+                latents=rearrange(NOISE, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2), **SIZE, **call).images
+
+
+def our_pictures(pipe, dev, **call):
+    return pipe(PROMPT, 3, noise=NOISE, steps=5, **({"guidance": 2.5} if dev else {}), **SIZE, **call)
 
 
 def test_the_same_prompt_and_noise_give_the_same_pictures(both):
     theirs, ours, dev = both
-    noise = starting_noise(1, 3, (16, 8, 12))  # 32 × 48 pixels at a quarter
-    guidance = {"guidance": 2.5} if dev else {}
-    found = ours("a red circle and a star", 3, noise=noise, steps=5, height=32, width=48, **guidance)
-    expected = theirs(
-        "a red circle and a star", num_images_per_prompt=3, num_inference_steps=5, height=32, width=48,
-        guidance_scale=2.5, max_sequence_length=24,
-        latents=rearrange(noise, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2),
-    ).images  # fmt: skip
-    found, expected = (np.stack([np.asarray(p, dtype=np.int16) for p in batch]) for batch in (found, expected))
-    assert np.abs(found - expected).max() <= 2
-    assert expected.std() > 5  # there is something to see
+    assert_same_pictures(our_pictures(ours, dev), diffusers_pictures(theirs))
 
 
-def test_defaults_follow_the_variant_and_repulsion_runs(both):
+def test_true_guidance_gives_the_same_pictures(both):
+    theirs, ours, dev = both
+    guided = diffusers_pictures(theirs, negative_prompt="a blue square", true_cfg_scale=3.0)
+    assert_same_pictures(our_pictures(ours, dev, negative_prompt="a blue square", true_guidance=3.0), guided)
+    assert_other_pictures(guided, our_pictures(ours, dev))
+
+
+def test_true_guidance_is_affine_in_its_scale(both):
+    _, ours, _ = both
+    call = {"prompt": PROMPT, "images": 1, "steps": 1, "noise": NOISE[:1], **SIZE}
+    guided = [{"negative_prompt": "", "true_guidance": scale} for scale in (2.0, 4.0, 6.0)]
+    one, two, four, six = latents_of(ours, [call, *(call | more for more in guided)])
+    # one step from the same noise; the transformer in float32, and differences of latents of about 1
+    torch.testing.assert_close(six - four, four - two, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one, two - (four - two) / 2, rtol=1e-3, atol=1e-4)  # w = 1: the prompt alone
+    assert (four - two).abs().max() > 1e-2
+
+
+def test_both_branches_are_one_batch_and_repel_in_their_own_group(both, monkeypatch):
     _, ours, dev = both
-    assert (ours.defaults.steps, ours.defaults.guidance) == ((28, 3.5) if dev else (4, None))
+    calls, forward = [], MMDiT.forward
+
+    def spy(self, *args):
+        calls.append((args[0].shape[0], None if args[4] is None else args[4].tolist(), args[6], args[7]))
+        return forward(self, *args)
+
+    monkeypatch.setattr(MMDiT, "forward", spy)
+    push = Repulsion(1e3, iterations=2)
+    ours(PROMPT, 2, steps=2, **SIZE, negative_prompt="a star", true_guidance=2.0, repulsion=push)
+    distilled = [3.5] * 4 if dev else None
+    assert calls == [(4, distilled, push, 2), (4, distilled, None, 2)]
+
+
+def test_repulsion_moves_the_pictures(both):
+    _, ours, _ = both
     calm, moved = (ours("a star", 2, steps=2, height=32, width=32, repulsion=push)
                    for push in (None, Repulsion(1e3, iterations=3)))
     assert any(a.tobytes() != b.tobytes() for a, b in zip(calm, moved, strict=True))
 
 
-def test_distilled_guidance_takes_no_negative_prompt(both):
+@pytest.mark.parametrize("call,message", [
+    ({"negative_prompt": "a circle"}, "negative_prompt needs .*a true_guidance above 1"),
+    ({"negative_prompt": "a circle", "true_guidance": 1.0}, "negative_prompt needs"),
+    ({"true_guidance": 3.0}, "true_guidance needs a negative_prompt"),
+    ({"true_guidance": float("nan"), "negative_prompt": ""}, "true_guidance must be a finite number"),
+])  # fmt: skip
+def test_guidance_that_cannot_be_right_is_named(both, call, message):
     _, ours, _ = both
-    with pytest.raises(ValueError, match="negative_prompt needs"):
-        ours("a star", 1, steps=1, height=32, width=32, negative_prompt="a circle")
+    with pytest.raises(ValueError, match=message):
+        ours("a star", 1, steps=1, height=32, width=32, **call)
+
+
+def test_a_guidance_that_the_model_cannot_hear_is_refused(both):
+    _, ours, dev = both
+    if not dev:
+        with pytest.raises(ValueError, match="guidance 3.5 means nothing to a FLUX.1 without guidance embedding"):
+            ours("a star", 1, steps=1, height=32, width=32, guidance=3.5)

@@ -26,7 +26,7 @@ CLASSES = {  # who reads which folder: the contents of model_index.json
 def export(folder: Path, tokenizers: Path, clips: list[ClipTextEncoder], t5: T5Encoder, transformer: MMDiT,
            autoencoder: Autoencoder, shift: float, sampling: dict) -> None:
     """One pipeline folder in bfloat16. `tokenizers` holds the three tokenizer folders; `shift` is the schedule's;
-    `sampling` are the defaults of `sampler.pipeline.Defaults`, in a file that diffusers passes over."""
+    `sampling` are the defaults of `sampler.defaults.Defaults`, in a file that diffusers passes over."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.copytree(tokenizers / name, folder / name, dirs_exist_ok=True)

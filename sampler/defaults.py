@@ -1,0 +1,83 @@
+"""What a checkpoint wants where the caller says nothing: steps, guidance, size, schedule, repulsion."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdit import MMDiTConfig
+from repulsion import Repulsion
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint wants where the caller says nothing. Sizes in pixels."""
+
+    steps: int
+    guidance: float | None = None  # classifier-free (SD3) or of the guidance embedding (FLUX.1); None: neither
+    height: int = 1024
+    width: int = 1024
+    shift: float | None = None  # of the schedule, where no scheduler_config.json says it; None: by picture size
+    repulsion: Repulsion | None = None
+    world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
+
+
+PUBLIC = {  # by public name
+    "flux1-dev": Defaults(28, 3.5, repulsion=Repulsion.preset("flux1-dev")),
+    "flux1-kontext-dev": Defaults(28, 2.5, repulsion=Repulsion.preset("flux1-kontext-dev")),
+    "flux1-schnell": Defaults(4, shift=1.0),
+    "sd3-medium": Defaults(28, 7.0, shift=3.0),
+    "sd3.5-medium": Defaults(40, 4.5, shift=3.0),
+    "sd3.5-large": Defaults(28, 4.5, shift=3.0, repulsion=Repulsion.preset("sd3.5-large")),
+    "sd3.5-large-turbo": Defaults(4, shift=3.0, repulsion=Repulsion.preset("sd3.5-large-turbo")),
+}
+
+
+def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
+    """From a folder's `sampling.json` (embedded checkpoints), else those of the public checkpoint that it is.
+
+    `path` is the checkpoint's folder or file, `config` its transformer's. Raises ValueError for an unreadable file.
+    """
+    if (path / "sampling.json").is_file():
+        found = read_json(path / "sampling.json")
+        if found.get("repulsion"):
+            found["repulsion"] = Repulsion(**found["repulsion"])
+        return Defaults(**found)
+    return PUBLIC[public_name(path, config)]
+
+
+def public_name(path: Path, config: MMDiTConfig) -> str:
+    """The public checkpoint that has this transformer, or one built like it, of whatever size.
+
+    Kontext and dev have the same tensors, so have large and turbo: these are told apart by what they are called.
+    """
+    called = names_of(path)
+    if config.position == "rope":
+        if not config.guidance_embedding:
+            return "flux1-schnell"
+        return "flux1-kontext-dev" if "kontext" in called else "flux1-dev"
+    if not config.qk_norm:
+        return "sd3-medium"
+    if config.dual_attention_blocks:
+        return "sd3.5-medium"
+    return "sd3.5-large-turbo" if "turbo" in called else "sd3.5-large"
+
+
+def names_of(path: Path) -> str:
+    """What a checkpoint is called, in lower case: its file or folder, where a link leads, its hub cache's repository.
+
+    A hub cache keeps it in models--org--name/snapshots/<hash>.
+    """
+    names = []
+    for place in (path.absolute(), path.resolve()):
+        names += [place.name, *(folder.parent.name for folder in place.parents if folder.name == "snapshots")]
+    return " ".join(names).lower()
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file's contents. Raises FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: download the checkpoint's folder again")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
