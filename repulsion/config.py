@@ -14,7 +14,9 @@ Blocks = Literal["all", "first", "middle", "last"] | tuple[int, ...]
 class Repulsion:
     """The settings of contextual repulsion, and the two places in the model where it acts.
 
-    scale: η, the length of the push (0 or more; its unit differs from model to model, see `PRESETS`)
+    scale: η, the length of the push (0 or more; its unit differs from model to model, see `PRESETS`), or
+    diversity: instead of a scale, how much more diverse each push makes the tokens: the share, 0 to 1, of what their
+    entropy lacks to log B; it has no unit
     iterations: M, small steps that the push is made of
     steps: τ, repel in that many of the first denoising steps
     blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
@@ -28,7 +30,7 @@ class Repulsion:
     Raises ValueError naming the field that is out of range.
     """
 
-    scale: float
+    scale: float | None = None
     iterations: int = 50
     steps: int = 1
     blocks: Blocks = "all"
@@ -38,9 +40,10 @@ class Repulsion:
     objective: str = "vendi"
     kernel_reg: float = 1e-4
     solver: Literal["gram", "autograd"] = "gram"
+    diversity: float | None = None
 
     def __post_init__(self):
-        check_settings(self.scale, self.iterations, self.objective, self.kernel_reg, self.solver)
+        check_settings(self.scale, self.diversity, self.iterations, self.objective, self.kernel_reg, self.solver)
         if self.steps < 0:
             raise ValueError(f"repulsion steps must not be negative, got {self.steps}")
         for field, allowed in (("tokens", ("context", "image")), ("site", ("attention", "block")),
@@ -100,8 +103,8 @@ class Repulsion:
         return repelled
 
     def _repel(self, tokens: Tensor, groups: int) -> Tensor:
-        return repel(tokens, self.scale, self.iterations, objective=self.objective, kernel_reg=self.kernel_reg,
-                     solver=self.solver, groups=groups)
+        return repel(tokens, self.scale, self.iterations, diversity=self.diversity, objective=self.objective,
+                     kernel_reg=self.kernel_reg, solver=self.solver, groups=groups)
 
 
 PRESETS: dict[str, Repulsion] = {  # the settings table of the paper, η where it reports its figures

@@ -34,12 +34,26 @@ def ascend_gram(vectors: Tensor, scale: float, iterations: int, objective: Objec
     H knows the vectors only through their inner products, and its gradient is a combination of the same B vectors.
     So M steps end at C + E C with a B × B matrix E, which follows from the Gram matrix G = C Cᵀ alone.
     """
-    mixing = mixing_matrix(gram_matrix(vectors), scale, iterations, objective, reg).to(vectors.device)
-    repelled = torch.empty_like(vectors)
-    for source, target in zip(vectors.split(CHUNK, -1), repelled.split(CHUNK, -1), strict=True):
+    return mix(vectors, mixing_matrix(gram_matrix(vectors), scale, iterations, objective, reg))
+
+
+def ascend_to(vectors: Tensor, share: float, iterations: int, objective: Objective, reg: float) -> Tensor:
+    """As `ascend_gram`, but each group goes as far as raises its H by this share of what is left to the highest.
+
+    The highest is H of samples all orthogonal, log B for the entropy. The M steps raise H by equal parts; each is as
+    long along its gradient as that takes, found on B × B matrices (`step_length`).
+    """
+    return mix(vectors, mixing_matrix(gram_matrix(vectors), None, iterations, objective, reg, share))
+
+
+def mix(vectors: Tensor, mixing: Tensor) -> Tensor:
+    """C + E C, in float64 and rounded once: vectors (g, B, D), mixing (g, B, B) → (g, B, D)."""
+    mixing = mixing.to(vectors.device)
+    mixed = torch.empty_like(vectors)
+    for source, target in zip(vectors.split(CHUNK, -1), mixed.split(CHUNK, -1), strict=True):
         wide = source.double()
         target.copy_(wide.baddbmm(mixing, wide))
-    return repelled
+    return mixed
 
 
 def gram_matrix(vectors: Tensor) -> Tensor:
@@ -52,26 +66,78 @@ def gram_matrix(vectors: Tensor) -> Tensor:
     return gram.cpu()
 
 
-def mixing_matrix(gram: Tensor, scale: float, iterations: int, objective: Objective, reg: float) -> Tensor:
+def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective: Objective, reg: float,
+                  share: float | None = None) -> Tensor:
     """M steps of Eq. 2 in Gram space: gram (g, B, B) float64 → E (g, B, B) with C_M = C + E C.
 
     With r_i = |c_i|⁻¹, K_ij = r_i r_j G_ij and W = ∂H/∂K (its diagonal 0, since K_ii is 1 whatever c_i is), the
     chain rule through the cosine gives ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i) = Σ_j D_ij c_j.
     The term of a pair that coincides is 0; it is left out, or its rounding error would grow with every step.
+    With `share` the steps are as long as it asks (`ascend_to`), with `scale` all are η / M.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     off_diagonal = 1 - identity
-    mixing = torch.zeros_like(gram)
-    for _ in range(iterations):
+    mixing, start = torch.zeros_like(gram), None
+    for step in range(iterations):
         current = identity + mixing
         now = current @ gram @ current.mT
-        squared = now.diagonal(dim1=-2, dim2=-1)
-        r = torch.where(squared > 0, squared, torch.inf).rsqrt()  # a zero vector neither pushes nor moves
-        outer = r[..., :, None] * r[..., None, :]
-        kernel = (now * outer * off_diagonal + identity).requires_grad_()
+        kernel, r = cosines(now)
+        kernel.requires_grad_()
         with torch.enable_grad():
-            (w,) = torch.autograd.grad(objective(density_matrix(kernel, reg)).sum(), kernel)
+            value = objective(density_matrix(kernel, reg))
+            (w,) = torch.autograd.grad(value.sum(), kernel)
         w = w * off_diagonal * (kernel < 1 - SAME)
+        outer = r[..., :, None] * r[..., None, :]
         d = 2 * (outer * w - torch.diag_embed(r.square() * (w * kernel.detach()).sum(-1)))
-        mixing = mixing + scale / iterations * (d @ current)
+        if share is None:
+            length = scale / iterations
+        else:
+            start = value.detach() if start is None else start
+            goal = start + share * (step + 1) / iterations * (objective(identity / len(identity)) - start)
+            length = step_length(now, d, goal, lambda k: objective(density_matrix(k, reg)))[..., None, None]
+        mixing = mixing + length * (d @ current)
     return mixing
+
+
+def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of a Gram matrix and r, one over the vectors' lengths; 0 for a zero vector, which pushes nobody."""
+    squared = gram.diagonal(dim1=-2, dim2=-1)
+    r = torch.where(squared > 0, squared, torch.inf).rsqrt()
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
+
+
+def step_length(gram: Tensor, d: Tensor, goal: Tensor, value_of: Objective) -> Tensor:
+    """How far to go along the gradient until H reaches `goal`: gram, d (g, B, B), goal (g,) → (g,), 0 or more.
+
+    H rises along its gradient up to a peak. From a short step, doubled until it is past the goal or the peak, then
+    by false position (Illinois) to 1e-9. Where the peak is below the goal: the last doubled step before it. Where
+    nothing moves, or the goal is behind: 0.
+    """
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
+
+    def gap(length: Tensor) -> Tensor:
+        moved = identity + length[..., None, None] * d
+        return value_of(cosines(moved @ gram @ moved.mT)[0]) - goal
+
+    speed = d.abs().sum(-1).amax(-1)
+    low = torch.zeros_like(speed)
+    gap_low = gap(low)
+    rising = (speed > 0) & (gap_low < 0)
+    high = torch.where(rising, 0.25 / torch.where(speed > 0, speed, 1), 0)
+    gap_high = gap(high)
+    while (rising := rising & (gap_high < 0) & (gap_high > gap_low)).any():
+        low, gap_low = torch.where(rising, high, low), torch.where(rising, gap_high, gap_low)
+        high = torch.where(rising, 2 * high, high)
+        gap_high = gap(high)
+    between = (gap_low < 0) & (gap_high > 0)
+    for _ in range(50):
+        middle = torch.where(between, low - gap_low * (high - low) / (gap_high - gap_low), low)
+        gap_middle = torch.where(between, gap(middle), 0)
+        if gap_middle.abs().max() < 1e-9:
+            break
+        above = gap_middle > 0  # the end that stays counts half, so that it cannot stay for ever
+        high, low = torch.where(above, middle, high), torch.where(above, low, middle)
+        gap_high = torch.where(above, gap_middle, gap_high / 2)
+        gap_low = torch.where(above, gap_low / 2, gap_middle)
+    return middle
