@@ -1,17 +1,23 @@
 """Checkpoint files <-> modules: the layouts of the original releases and of the hub, read and written."""
 
 from .embedded import EMBEDDED
+from .inspection import Inspection, inspect
 from .load import (
     load_autoencoder,
     load_text_encoder,
     load_transformer,
+    open_autoencoder,
+    open_text_encoder,
+    open_transformer,
     save_autoencoder,
     save_text_encoder,
     save_transformer,
 )
 from .names import CheckpointError
+from .stored import Stored
 
 __all__ = [
-    "EMBEDDED", "CheckpointError", "load_autoencoder", "load_text_encoder", "load_transformer", "save_autoencoder",
+    "EMBEDDED", "CheckpointError", "Inspection", "Stored", "inspect", "load_autoencoder", "load_text_encoder",
+    "load_transformer", "open_autoencoder", "open_text_encoder", "open_transformer", "save_autoencoder",
     "save_text_encoder", "save_transformer",
 ]

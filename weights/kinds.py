@@ -61,15 +61,20 @@ KINDS = (FLUX, SD3, AUTOENCODER, CLIP_TEXT, T5_TEXT)
 ROOTS = ("model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.clip_l.", "text_encoders.clip_g.",
          "text_encoders.t5xxl.")
 
-# Names that only models of other kinds have.
-UNET = {"model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight",
-        "down_blocks.0.resnets.0.conv1.weight"}
+CLIP_WIDTHS = {768: "clip_l", 1280: "clip_g"}
+
+# Names that only models of other kinds have, and what such a model is. The first that fits counts.
 FOREIGN = [
-    (r"lora_|\.lora\.|\.dora_|hada_w", "a LoRA, a small change to a model: give the model itself"),
+    (r"lora|dora_|hada_w|lokr_w", "a LoRA, a small change to a model: give the model itself"),
     (r"^controlnet_|^input_hint_block|^control_model\.", "a ControlNet: give the model that it steers"),
     (r"\.absmax$|\.quant_map$|\.qweight$|\.bitsandbytes__", "quantized to 4 or 8 bits: give a float8 or wider release"),
     (r"^vision_model\.", "a whole CLIP, pictures included: give its text encoder"),
     (r"_stream_modulation", "FLUX.2, another family: give a FLUX.1 or SD3 checkpoint"),
+    (r"distilled_guidance_layer", "Chroma, a FLUX.1 without modulation layers: give a FLUX.1 or SD3 checkpoint"),
+    (r"(^|\.)label_emb\.|^add_embedding\.|^conditioner\.",
+     "SDXL, whose network is no MMDiT: give a FLUX.1 or SD3 checkpoint"),
+    (r"(^|\.)input_blocks\.0\.0\.weight|^down_blocks\.0\.resnets\.0\.",
+     "Stable Diffusion 1 or 2, whose network is no MMDiT: give a FLUX.1 or SD3 checkpoint"),
 ]
 
 
@@ -83,10 +88,12 @@ class Part(NamedTuple):
 
     @property
     def role(self) -> str:
-        """transformer, autoencoder, clip_l, clip_g, t5, or clip where nothing tells which."""
-        if self.kind is CLIP_TEXT:
-            return next((role for role in ("clip_l", "clip_g") if role in self.prefix), "clip")
-        return {AUTOENCODER: "autoencoder", T5_TEXT: "t5"}.get(self.kind, "transformer")
+        """transformer, autoencoder, clip_l, clip_g, t5, or clip where neither prefix nor width tells which."""
+        if self.kind is not CLIP_TEXT:
+            return {AUTOENCODER: "autoencoder", T5_TEXT: "t5"}.get(self.kind, "transformer")
+        width = (shapes.Shapes(self.entries, self.layout).get("token_embedding.weight") or (0,))[-1]
+        named = (role for role in CLIP_WIDTHS.values() if role in self.prefix)
+        return next(named, CLIP_WIDTHS.get(width, "clip"))
 
 
 def find_parts(entries: Mapping[str, Entry]) -> list[Part]:
@@ -110,12 +117,5 @@ def _own(entries: Mapping[str, Entry], layout: Layout, prefix: str) -> dict[str,
 
 def foreign(names: Iterable[str]) -> str | None:
     """What a checkpoint of another kind is, and what to do; None where nothing tells."""
-    names = set(names)
-    if names & UNET:
-        xl = any(name.startswith(("conditioner.", "add_embedding.")) for name in names)
-        family = "SDXL" if xl else "Stable Diffusion 1 or 2"
-        return f"{family}, whose network is no MMDiT: give a FLUX.1 or SD3 checkpoint"
-    for pattern, what in FOREIGN:
-        if any(re.search(pattern, name) for name in names):
-            return what
-    return None
+    names = list(names)
+    return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in names)), None)

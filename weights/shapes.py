@@ -15,7 +15,7 @@ from .names import CheckpointError, Layout, Sizes
 Fields = dict[str, Any]
 
 # What an autoencoder's latents are shifted and scaled by is not in its file. The single files of SD3 have a prefix.
-FLUX_LATENTS, SD3_LATENTS = {"shift": 0.1159, "scaling": 0.3611}, {"shift": 0.0609, "scaling": 1.5305}
+LATENTS = {"flux": {"shift": 0.1159, "scaling": 0.3611}, "sd3": {"shift": 0.0609, "scaling": 1.5305}}
 
 
 class Shapes:
@@ -98,7 +98,7 @@ def autoencoder_rest(shapes: Shapes, found: Fields) -> Fields:
             "the scaling and shift of these latents are not known without a config.json: "
             "give config=AutoencoderConfig(...)"
         )
-    return SD3_LATENTS if shapes.prefix == "first_stage_model." else FLUX_LATENTS
+    return LATENTS["sd3" if shapes.prefix == "first_stage_model." else "flux"]
 
 
 def clip_fields(shapes: Shapes) -> Fields:

@@ -1,0 +1,143 @@
+"""A module in a checkpoint, recognized, its config settled and every tensor checked, before a number is read."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import configs, fill, shapes
+from .files import DTYPES
+from .kinds import Kind, Part, find_parts, foreign
+from .locate import Checkpoint, open_checkpoint
+from .names import CheckpointError
+
+Role = Literal["clip_l", "clip_g", "t5"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What the headers tell of one module. `load` reads the numbers, as often as it is called."""
+
+    path: Path
+    config: configs.Config
+    part: Part
+    skeleton: nn.Module  # on the meta device; without the projection that `identity` stands for
+    identity: int | None = None  # width of a projection that the file has not and that is the identity
+
+    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+             keep_float8: bool = False) -> nn.Module:
+        """The module, each parameter read straight into `dtype` (None: as stored) on `device`; see `load_transformer`.
+
+        Raises CheckpointError for a dtype that nothing computes in.
+        """
+        if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+            raise CheckpointError(f"dtype must be one to compute in, such as torch.bfloat16, got {dtype}: float8 "
+                                  "matrices are kept by keep_float8=True")
+        model, sizes = copy.deepcopy(self.skeleton), configs.sizes_of(self.config)
+        if keep_float8 or dtype is None:
+            fill.keep_float8(model, self.part.layout, sizes, self.part.entries)
+        fill.fill(model, self.part.layout, sizes, self.part.entries, dtype, device)
+        if self.identity:
+            like = next(model.parameters())
+            projection = nn.Linear(self.identity, self.identity, bias=False, dtype=like.dtype, device=like.device)
+            projection.weight.data.copy_(torch.eye(self.identity))
+            model.set_submodule(_module(self.part.kind.identity), projection)
+        return model
+
+
+def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = None, which: Role | None = None,
+                config: configs.Config | None = None, family: str | None = None) -> Stored:
+    """Find, recognize and check. `folder` is the component's in a hub pipeline, `which` the text encoder's role;
+    `family` says whose latents an autoencoder without config.json has."""
+    checkpoint = open_checkpoint(path, folder, lambda entries: bool(_of_kinds(find_parts(entries), kinds, which)))
+    part = _choose(checkpoint, kinds, which)
+    given = config is not None
+    config = _settle_config(part, checkpoint, config, family)
+    with torch.device("meta"):  # names and shapes, no numbers
+        skeleton = part.kind.module(config)
+    ours, sizes, identity = skeleton.state_dict(), configs.sizes_of(config), None
+    projection = part.kind.identity
+    if given and projection in ours and not part.entries.keys() & part.layout.find(projection, sizes)[0]:
+        identity, columns = ours.pop(projection).shape
+        if identity != columns:
+            raise CheckpointError(f"{checkpoint.path} has no projection, and one of shape {(identity, columns)} cannot "
+                                  "be the identity: give the file that has it, or a config without")
+        skeleton.set_submodule(_module(projection), nn.Identity())
+    _compare(checkpoint, part, {theirs: piece for _, theirs, piece in part.layout.split(ours, sizes)})
+    return Stored(checkpoint.path, config, part, skeleton, identity)
+
+
+def _module(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _of_kinds(parts: list[Part], kinds: tuple[Kind, ...], which: Role | None) -> list[Part]:
+    """The parts of these kinds, and of this role as far as it shows."""
+    roles = (None, which, *(("clip",) if which in ("clip_l", "clip_g") else ()))
+    return [part for part in parts if part.kind in kinds and (which is None or part.role in roles)]
+
+
+def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None) -> Part:
+    """The one module that is meant."""
+    parts = find_parts(checkpoint.entries)
+    found = _of_kinds(parts, kinds, which)
+    if len(found) == 1:
+        return found[0]
+    wanted = which or " or ".join(dict.fromkeys(kind.name for kind in kinds))
+    if found:
+        raise CheckpointError(f"{checkpoint.path} holds several of these: {', '.join(part.role for part in found)}: "
+                              f"say which={found[0].role!r}, for example")
+    if what := foreign(checkpoint.entries):
+        raise CheckpointError(f"{checkpoint.path} is {what}")
+    if parts:
+        held = " and ".join(f"{part.kind.name} ({part.layout.name} layout)" for part in parts)
+        raise CheckpointError(f"{checkpoint.path} holds no {wanted} but {held}: give another file")
+    signs = " or ".join(dict.fromkeys(layout.sign for kind in kinds for layout in kind.layouts))
+    first = next(iter(checkpoint.entries), "no tensor at all")
+    raise CheckpointError(f"{checkpoint.path}: unknown layout; expected a tensor {signs}, found {first}: is it another "
+                          "part of the model, or one of several shards?")
+
+
+def _settle_config(part: Part, checkpoint: Checkpoint, config: configs.Config | None,
+                   family: str | None) -> configs.Config:
+    """The caller's config, config.json's, or the one the shapes tell, in this order; the shapes must agree."""
+    kind, stored = part.kind, shapes.Shapes(part.entries, part.layout, part.prefix)
+    try:
+        if config is not None and not isinstance(config, kind.config):
+            raise CheckpointError(f"config is a {type(config).__name__}, expected a {kind.config.__name__}")
+        found = kind.fields(stored)
+        if config is None and checkpoint.config is not None and part.layout in (kind.hub, kind.bare):
+            config = kind.from_hub(checkpoint.config)
+        if config is None:
+            latents = {} if family is None else shapes.LATENTS[family]
+            return kind.config(**kind.rest(stored, found) | found | latents)
+        for name, value in found.items():
+            if getattr(config, name) != value:
+                raise CheckpointError(f"the config says {name} {getattr(config, name)!r}, the tensors say {value!r}: "
+                                      "give the config that belongs to these weights")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    return config
+
+
+def _compare(checkpoint: Checkpoint, part: Part, wanted: Mapping[str, Tensor]) -> None:
+    """Every wanted tensor is there, in its shape, and no other."""
+    where, entries = f"{checkpoint.path} ({part.layout.name} layout)", part.entries
+    if missing := [name for name in wanted if name not in entries]:
+        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first {part.prefix}{missing[0]} "
+                              f"of shape {tuple(wanted[missing[0]].shape)}: is it one of several shards, or cut short?")
+    if unknown := [entry.name for name, entry in entries.items() if name not in wanted]:
+        raise CheckpointError(f"{where} has {len(unknown)} tensors the model has no place for, first {unknown[0]}: "
+                              "is it a variant of the model (LoRA, quantized, more inputs)?")
+    for name, tensor in wanted.items():
+        entry = entries[name]
+        if entry.shape != tuple(tensor.shape):
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} has shape {entry.shape}, expected "
+                                  f"{tuple(tensor.shape)}: give the config or file that belongs to it")
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
+                                  f"{', '.join(DTYPES)}: use another release of the model")
