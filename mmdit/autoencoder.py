@@ -34,6 +34,11 @@ class AutoencoderConfig:
                 f"AutoencoderConfig.channels {self.channels} must each be a multiple of norm_groups {self.norm_groups}"
             )
 
+    @property
+    def downscale(self) -> int:
+        """How many pixels of the image's side make one of the latent's: 8 for the public checkpoints."""
+        return 2 ** (len(self.channels) - 1)
+
 
 class ResidualBlock(nn.Module):
     """Twice norm, SiLU, 3x3 convolution, beside a shortcut; (b, c_in, y, x) -> (b, c_out, y, x)."""
@@ -190,23 +195,18 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    @property
-    def downscale(self) -> int:
-        """How many pixels of the image's side make one of the latent's: 8 for the public checkpoints."""
-        return 2 ** (len(self.config.channels) - 1)
-
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The Gaussian of an image's latent: mean and log-variance, each (b, c, H/8, W/8), not normalized.
 
         `image` (b, 3, H, W) in [-1, 1]; the log-variance is clamped to [-30, 20]. Raises ValueError for other
-        channels, or a side that is not a multiple of `downscale`.
+        channels, or a side that is not a multiple of `config.downscale`.
         """
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"The encoder takes images of shape (batch, 3, height, width), not {tuple(image.shape)}")
         height, width = image.shape[2:]
-        if height % self.downscale or width % self.downscale or 0 in (height, width):
+        if height % self.config.downscale or width % self.config.downscale or 0 in (height, width):
             raise ValueError(
-                f"The image is {height} x {width} pixels: crop or resize it to multiples of {self.downscale}"
+                f"The image is {height} x {width} pixels: crop or resize it to multiples of {self.config.downscale}"
             )
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)

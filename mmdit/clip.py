@@ -46,7 +46,8 @@ class ClipOutput(NamedTuple):
 
     last: Tensor  # (b, n, d): the last layer's states, after the final norm
     penultimate: Tensor  # (b, n, d): the states that enter the last layer, no final norm
-    pooled: Tensor  # (b, projection_dim or d): `last` at the first end token, projected where CLIP has a projection
+    unprojected: Tensor  # (b, d): `last` at the first end token
+    pooled: Tensor  # (b, projection_dim or d): that, projected where CLIP has a projection
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class ClipLayer(nn.Module):
 class ClipTextEncoder(nn.Module):
     """CLIP's text half: token ids -> `ClipOutput`.
 
-    SD3 takes `penultimate` and `pooled` of CLIP-L and CLIP-G, FLUX takes `pooled` of CLIP-L alone.
+    SD3 takes `penultimate` and `pooled` of CLIP-L and CLIP-G, FLUX takes `unprojected` of CLIP-L alone.
     """
 
     def __init__(self, config: ClipConfig):
@@ -132,10 +133,9 @@ class ClipTextEncoder(nn.Module):
 
         # CLIP-L pads with the end token too, so the end of the text is the first of them.
         first_end = (ids == self.config.end_token).int().argmax(dim=1)
-        pooled = last[torch.arange(len(ids), device=ids.device), first_end]
-        if self.config.projection_dim is not None:
-            pooled = self.projection(pooled)
-        return ClipOutput(last, penultimate, pooled)
+        unprojected = last[torch.arange(len(ids), device=ids.device), first_end]
+        pooled = unprojected if self.config.projection_dim is None else self.projection(unprojected)
+        return ClipOutput(last, penultimate, unprojected, pooled)
 
     def _check(self, ids: Tensor) -> None:
         config = self.config

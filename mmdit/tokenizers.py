@@ -1,45 +1,50 @@
 """Prompts to token ids: CLIP's byte-level BPE and T5's SentencePiece, from the files beside a checkpoint."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram
 from torch import Tensor
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+from .tokenizer_files import CLIP_ADVICE, END, START, T5_ADVICE, read_clip, read_t5
 
-# A word of CLIP: an English contraction's tail, a run of letters, one digit, or a run of anything else but space.
-CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# A word of CLIP: an English contraction's tail, a run of letters, one digit, or a run of anything else but space. The
+# special tokens' names in capitals, which lower case makes look like these, are cut out first, and then cut like text.
+CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
     """CLIP's tokenizer: lower-cased words, each a sequence of bytes merged pair by pair (BPE).
 
     `path` is a folder with `vocab.json` and `merges.txt`, or with `tokenizer.json` alone, or that last file itself.
-    `tokenizer_config.json` and `special_tokens_map.json` beside them name the pad token (the end token if they do not;
-    CLIP-G: "!") and the default length (77). As in transformers, whose ids these are, the start, end and pad tokens
-    are recognized in a prompt's text too: to CLIP-G's tokenizer a "!" is padding.
+    The files beside it name the pad token (CLIP-L: the end token, which it is without them; CLIP-G: "!") and the
+    default length (77). A lone tokenizer.json that lists "!" as a token of its own is CLIP-G's.
 
-    Raises FileNotFoundError for missing files, ValueError for unreadable ones.
+    The ids are those of transformers, which recognizes special tokens in a prompt's text too: "<|endoftext|>" ends
+    what CLIP pools, and to CLIP-G's tokenizer a "!" is padding.
+
+    Raises FileNotFoundError for missing files, ValueError for unreadable ones and for T5's.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        folder = path.parent if path.suffix == ".json" else path
-        settings = _settings(folder)
-        self.length = _default_length(settings, 77)
-        self._tokenizer = _clip_from_json(path) if path.suffix == ".json" else _clip_from_folder(path)
-        names = {"start": START, "end": END, "pad": _content(settings.get("pad_token", END))}
-        self._ids = {role: self._tokenizer.token_to_id(name) for role, name in names.items()}
-        for role, name in names.items():
-            if self._ids[role] is None:
-                raise ValueError(f"{folder}: the {role} token {name!r} is not in the vocabulary: download it again")
-        self._tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names.values()])
+        vocabulary, merges, settings = read_clip(path)
+        self.length = settings.number("model_max_length", 77)
+        pad = "!" if any(token.content == "!" for token in settings.listed) else END
+        names = {"start": START, "end": END, "pad": settings.name("pad", pad)}
+        missing = [role for role, name in names.items() if name not in vocabulary]
+        try:
+            self._tokenizer = clip_model(vocabulary, merges)
+        except Exception as error:  # the only class that tokenizers raises
+            raise ValueError(f"{path}: vocabulary and merges do not fit together ({error}): {CLIP_ADVICE}") from error
+        if missing:
+            raise ValueError(f"{path}: the {missing[0]} token {names[missing[0]]!r} is not in the vocabulary: "
+                             f"{CLIP_ADVICE}")
+        self._tokenizer.add_tokens(settings.added_tokens([*names.values()]))
+        self._ids = {role: vocabulary[name] for role, name in names.items()}
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Token ids (b, length), int64: start token, text, end token, padding; a longer text loses its tail.
@@ -82,23 +87,29 @@ class ClipTokenizer:
 class T5Tokenizer:
     """T5's tokenizer: SentencePiece's most likely split of the text into pieces (unigram model).
 
-    `path` is a folder with `spiece.model`, or that file. `tokenizer_config.json` beside it gives the default length
-    (512 without it). A special token's name in a prompt, such as "</s>", is text like any other.
+    `path` is a folder with `spiece.model`, or with `tokenizer.json` alone, or one of these files. The files beside it
+    give the default length (512 without them).
 
-    Raises FileNotFoundError for a missing file, ValueError for an unreadable one.
+    The ids are those of transformers, which go beyond SentencePiece's: special tokens are recognized in a prompt's
+    text ("</s>"; "<extra_id_0>" to "<extra_id_99>"), every white space of Unicode parts words, and an accent given on
+    its own is lost where the letter before it is one that the model's table replaces.
+
+    Raises FileNotFoundError for a missing file, ValueError for an unreadable one and for CLIP's.
     """
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        file = path if path.suffix == ".model" else path / "spiece.model"
-        _require(file, "download the tokenizer_2 folder of FLUX.1 or the tokenizer_3 folder of SD3")
-        self.length = _default_length(_settings(file.parent), 512)
+        pieces, table, settings = read_t5(path)
+        self.length = settings.number("model_max_length", 512)
+        names = {"end": settings.name("eos", "</s>"), "pad": settings.name("pad", "<pad>")}
         try:
-            self._model = SentencePieceProcessor(model_proto=file.read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{file} is not a SentencePiece model: download it again") from error
-        if min(self.end_token, self.pad_token) < 0:
-            raise ValueError(f"{file} has no end or no pad token, so it is not T5's: use T5's spiece.model")
+            self._tokenizer = t5_model(pieces, table)
+        except Exception as error:  # the only class that tokenizers raises
+            raise ValueError(f"{path} does not hold T5's vocabulary ({error}): {T5_ADVICE}") from error
+        self._ids = {role: self._tokenizer.token_to_id(name) for role, name in names.items()}
+        if None in self._ids.values():
+            raise ValueError(f"{path} has no end or no pad token, so it is not T5's: {T5_ADVICE}")
+        self._tokenizer.add_tokens(settings.added_tokens([*names.values(), "<unk>"]))
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Token ids (b, length), int64: text, end token, padding; a longer text loses its tail.
@@ -115,7 +126,7 @@ class T5Tokenizer:
         return len(self._encode(prompt)) + 1
 
     def _encode(self, prompt: str) -> list[int]:
-        return self._model.encode(_checked(prompt))
+        return self._tokenizer.encode(_checked(prompt), add_special_tokens=False).ids
 
     @property
     def start_token(self) -> None:
@@ -125,17 +136,17 @@ class T5Tokenizer:
     @property
     def end_token(self) -> int:
         """The id that ends every prompt: 1."""
-        return self._model.eos_id()
+        return self._ids["end"]
 
     @property
     def pad_token(self) -> int:
         """The id that fills the length: 0."""
-        return self._model.pad_id()
+        return self._ids["pad"]
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids a text can give: 32000 in the public vocabulary, fewer than the rows of T5's embedding."""
-        return self._model.vocab_size()
+        """The number of ids: 32100 in the public vocabulary, fewer than the rows of T5's embedding."""
+        return self._tokenizer.get_vocab_size()
 
 
 def clip_model(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -151,35 +162,23 @@ def clip_model(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tok
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(CLIP_WORD), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
     return tokenizer
 
 
-def _clip_from_folder(folder: Path) -> Tokenizer:
-    if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
-        return _clip_from_json(folder / "tokenizer.json")
-    advice = "download vocab.json and merges.txt of the checkpoint's tokenizer folder"
-    for name in ("vocab.json", "merges.txt"):
-        _require(folder / name, advice)
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    try:
-        return clip_model(_read_json(folder / "vocab.json"), merges)
-    except Exception as error:  # the only class that tokenizers raises
-        raise ValueError(f"{folder}: vocab.json and merges.txt do not fit together ({error}): {advice}") from error
+def t5_model(pieces: list[tuple[str, float]], table: bytes) -> Tokenizer:
+    """T5's pipeline around its pieces, with their log-probabilities, and SentencePiece's table of equal characters.
 
-
-def _clip_from_json(file: Path) -> Tokenizer:
-    _require(file, "download tokenizer.json of the checkpoint's tokenizer folder")
-    _read_json(file)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the only class that tokenizers raises
-        raise ValueError(f"{file} does not describe a tokenizer ({error}): download it again") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    Characters replaced by the table (compatibility forms and composed letters: NFKC); split at white space, which
+    becomes "▁" before each word; then the most likely pieces. Piece 2 stands for the unknown.
+    """
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=False))
+    if table:
+        tokenizer.normalizer = normalizers.Precompiled(table)
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     return tokenizer
 
 
@@ -196,36 +195,3 @@ def _checked(prompt: str) -> str:
     if re.search("[\ud800-\udfff]", prompt):
         raise ValueError(f"The prompt {prompt!r} is not valid Unicode: it holds half of a surrogate pair")
     return prompt
-
-
-def _settings(folder: Path) -> dict:
-    """What the files beside the vocabulary say; `tokenizer_config.json` has the last word."""
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings |= _read_json(folder / name)
-    return settings
-
-
-def _default_length(settings: dict, fallback: int) -> int:
-    length = settings.get("model_max_length", fallback)
-    return length if length < 1e6 else fallback  # transformers writes 1e30 for "no limit"
-
-
-def _content(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__} where an object belongs: download it again")
-    return content
-
-
-def _require(file: Path, advice: str) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {advice}")

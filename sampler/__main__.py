@@ -24,13 +24,13 @@ along the gradient of the batch's entropy. The prompt stays what it is; the pict
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --scale 1e7
+  python -m sampler "a star and a square" --images 4 --seed 7 --diversity 0.2
   python -m sampler "a small green ring on the left" --blocks middle --site block
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
   python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
-Too alike? Raise --scale tenfold. No longer what the prompt says? Lower it, or repel in fewer steps or blocks."""
+Too alike? Raise --diversity. No longer what the prompt says? Lower it, or repel in fewer steps or blocks."""
 
 
 def blocks(text: str) -> str | tuple[int, ...]:
@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m sampler", description=__doc__, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", help="what the pictures should show")
-    p.add_argument("--model", default="tiny-sd3", help="an embedded checkpoint or a hub folder (default: %(default)s)")
+    p.add_argument("--model", metavar="PATH", help="an embedded checkpoint, a folder (the hub's or of original "
+                   "files), an original or merged file, or a name on the hub (default: tiny-sd3)")
     p.add_argument("--images", type=int, default=8, help="pictures in the batch (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
@@ -65,12 +66,23 @@ def parser() -> argparse.ArgumentParser:
                    help="SD3.5-medium: lead away from what it paints without these blocks, usually 7-9")
     p.add_argument("--skip-scale", type=float, metavar="S", help="how strongly (default: 2.8)")
     r = p.add_argument_group("repulsion (defaults: the checkpoint's)")
-    r.add_argument("--scale", type=float, help="η, the strength of the push; its unit differs from model to model")
+    r.add_argument("--diversity", type=float, metavar="D", help="how much more diverse each push makes the tokens: the "
+                   "share, 0 to 1, of what their entropy lacks to its highest")
+    r.add_argument("--scale", type=float, help="η, instead: the strength of the push; its unit differs between models")
     r.add_argument("--iterations", type=int, help="M, the small steps that one push is made of")
     r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
     r.add_argument("--site", choices=["attention", "block"], help="push what the attention or what the block returns")
     r.add_argument("--tokens", choices=["context", "image"], help="what is pushed: text tokens, or image tokens")
+    m = p.add_argument_group("where --model does not hold everything, or memory is short")
+    m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
+    m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
+    m.add_argument("--text-encoders", metavar="PATH", nargs="+", help="likewise, such as clip_l.safetensors and t5xxl…")
+    m.add_argument("--tokenizers", metavar="PATH", nargs="+",
+                   help="the folder that holds tokenizer, tokenizer_2, …, or a path for each text encoder")
+    m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; moreover, the "
+                   "transformer's blocks visit the GPU one by one")
+    m.add_argument("--keep-float8", action="store_true", help="keep matrices stored in float8 so, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
     o.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -85,11 +97,31 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion:
     said = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
             "site": args.site, "tokens": args.tokens}
     said = {name: value for name, value in said.items() if value is not None}
+    if args.diversity is not None:
+        said |= {"scale": args.scale, "diversity": args.diversity}
     if default is None:
-        if args.scale is None:
-            raise ValueError(f"{args.model} has no default repulsion: say --scale, for example 1e5")
+        if args.scale is None and args.diversity is None:
+            raise ValueError(f"{name_of(args)} has no default repulsion: say --diversity, for example 0.1")
         return Repulsion(**said)
+    if args.scale is not None:
+        said["diversity"] = args.diversity
     return replace(default, **said)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    return args.model or args.transformer or "tiny-sd3"
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline of --model and what is given beside it."""
+    tokenizers = args.tokenizers
+    if tokenizers is not None and len(tokenizers) == 1:
+        (tokenizers,) = tokenizers
+    return Pipeline.load(
+        args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, transformer=args.transformer,
+        autoencoder=args.autoencoder, text_encoders=args.text_encoders, tokenizers=tokenizers, offload=args.offload,
+        keep_float8=args.keep_float8,
+    )
 
 
 def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
@@ -119,9 +151,9 @@ def run(args: argparse.Namespace) -> None:
         output.refuse_existing(args.out, args.overwrite)  # before anything is painted
     image = None if args.image is None else open_picture(args.image)
     skip = skip_layer_guidance(args)
-    pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device)
+    pipeline = load(args)
     repulsion = settings(args, pipeline.defaults.repulsion)
-    repulsion.check_blocks(pipeline.transformer.config.num_blocks)
+    repulsion.check_blocks(pipeline.config.num_blocks)
     call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
             "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed}
 
@@ -137,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         found[name]["seconds"] = round(seconds, 3)
 
     width, height = pictures["repelled"][0].size
-    about = {"model": args.model, "prompt": args.prompt, "images": args.images,
+    about = {"model": name_of(args), "prompt": args.prompt, "images": args.images,
              **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
              "height": height, "width": width, "image": None if image is None else str(args.image),
              "skip_layer_guidance": None if skip is None else asdict(skip)}

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
 
-T5_LIMIT = {"flux": 512, "sd3": 256}
+from .parts import Part, using
+
+T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; of FLUX.1-schnell 256, which `t5_limit` says
 
 
 @dataclass
@@ -21,48 +23,57 @@ class TextEncoders:
 
     family: str  # "flux" or "sd3"
     context_dim: int
-    clips: list[tuple[ClipTokenizer, ClipTextEncoder]]
-    t5: tuple[T5Tokenizer, T5Encoder] | None = None
+    clips: list[tuple[ClipTokenizer, ClipTextEncoder | Part]]
+    t5: tuple[T5Tokenizer, T5Encoder | Part] | None = None
+    t5_limit: int | None = None  # how many tokens of T5 the transformer knows; None: as many as its family
 
     @property
     def t5_length(self) -> int:
-        limit = T5_LIMIT[self.family]
+        limit = self.t5_limit or T5_LIMIT[self.family]
         return limit if self.t5 is None else min(limit, self.t5[0].length)
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """One prompt → context (1, N, context_dim), pooled (1, pooled_dim).
+    def __call__(self, *prompts: str) -> tuple[Tensor, Tensor]:
+        """Each prompt by itself → context (prompts, N, context_dim), pooled (prompts, pooled_dim).
 
-        FLUX.1: T5's states; CLIP-L's pooled vector. SD3: the two CLIPs' penultimate states side by side, padded with
-        zeros to T5's width, then T5's states; the two pooled vectors side by side.
+        FLUX.1: T5's states; CLIP-L's pooled vector, never projected. SD3: the two CLIPs' penultimate states side by
+        side, padded with zeros to T5's width, then T5's states; the two pooled vectors side by side.
         Raises ValueError for a prompt that is longer than every tokenizer's limit.
         """
-        self.check_length(prompt)
-        outputs = [encoder(tokenizer([prompt]).to(device_of(encoder))) for tokenizer, encoder in self.clips]
-        pooled = torch.cat([output.pooled for output in outputs], dim=-1)
+        for prompt in prompts:
+            self.check_length(prompt)
+        flux = self.family == "flux"
+        clips = [encode(part, [tokenizer([p]) for p in prompts]) for tokenizer, part in self.clips]
+        pooled = torch.cat([torch.cat([o.unprojected if flux else o.pooled for o in found]) for found in clips], dim=-1)
         if self.t5 is None:
-            t5 = pooled.new_zeros(1, self.t5_length, self.context_dim)
+            t5 = pooled.new_zeros(len(prompts), self.t5_length, self.context_dim)
         else:
-            tokenizer, encoder = self.t5
-            t5 = encoder(tokenizer([prompt], length=self.t5_length).to(device_of(encoder)))
-        if self.family == "flux":
+            tokenizer, part = self.t5
+            t5 = torch.cat(encode(part, [tokenizer([p], length=self.t5_length) for p in prompts]))
+        if flux:
             return t5, pooled
-        states = torch.cat([output.penultimate for output in outputs], dim=-1)
+        states = torch.cat([torch.cat([o.penultimate for o in found]) for found in clips], dim=-1)
         states = F.pad(states, (0, self.context_dim - states.shape[-1]))
         return torch.cat([states, t5.to(states.dtype)], dim=1), pooled
 
     def check_length(self, prompt: str) -> None:
-        lengths = [(tokenizer.count(prompt), tokenizer.length) for tokenizer, _ in self.clips]
+        lengths = [(name, tokenizer.count(prompt), tokenizer.length)
+                   for name, (tokenizer, _) in zip(("CLIP-L", "CLIP-G"), self.clips, strict=False)]
         if self.t5 is not None:
-            lengths.append((self.t5[0].count(prompt), self.t5_length))
-        cut = [(count, limit) for count, limit in lengths if count > limit]
-        if len(cut) == len(lengths):
-            count, limit = max(cut, key=lambda pair: pair[1])
+            lengths.append(("T5", self.t5[0].count(prompt), self.t5_length))
+        cut = [(limit, count, name) for name, count, limit in lengths if count > limit]
+        whole = [name for name, count, limit in lengths if count <= limit]
+        if not whole:
+            limit, count, _ = max(cut)
             raise ValueError(f"the prompt has {count} tokens and this checkpoint reads {limit}: shorten it")
         if cut:
-            message = f"CLIP reads only {cut[0][1]} of the prompt's {cut[0][0]} tokens; T5 reads them all"
+            limit, count, name = cut[0]
+            message = f"{name} reads only {limit} of the prompt's {count} tokens; {whole[-1]} reads them all"
             warnings.warn(message, stacklevel=3)
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def encode(network: torch.nn.Module | Part, sequences: list[Tensor]) -> list:
+    """What a text encoder makes of each sequence of token ids, one by one."""
+    with using(network) as encoder:
+        device = next(encoder.parameters()).device
+        return [encoder(ids.to(device)) for ids in sequences]

@@ -17,6 +17,7 @@ class Defaults:
     height: int = 1024
     width: int = 1024
     shift: float | None = None  # of the schedule, where no scheduler_config.json says it; None: by picture size
+    prompt_tokens: int | None = None  # of T5; None: as many as the family reads
     repulsion: Repulsion | None = None
     world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
 
@@ -24,7 +25,7 @@ class Defaults:
 PUBLIC = {  # by public name
     "flux1-dev": Defaults(28, 3.5, repulsion=Repulsion.preset("flux1-dev")),
     "flux1-kontext-dev": Defaults(28, 2.5, repulsion=Repulsion.preset("flux1-kontext-dev")),
-    "flux1-schnell": Defaults(4, shift=1.0),
+    "flux1-schnell": Defaults(4, shift=1.0, prompt_tokens=256),
     "sd3-medium": Defaults(28, 7.0, shift=3.0),
     "sd3.5-medium": Defaults(40, 4.5, shift=3.0),
     "sd3.5-large": Defaults(28, 4.5, shift=3.0, repulsion=Repulsion.preset("sd3.5-large")),

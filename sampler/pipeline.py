@@ -1,71 +1,101 @@
 """`Pipeline`: a checkpoint on disk, then a prompt in and pictures out."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-import weights
-from mmdit import Autoencoder, ClipTextEncoder, ClipTokenizer, MMDiT, T5Tokenizer
+from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
 from repulsion import Repulsion
 
 from .conditioning import TextEncoders
 from .defaults import Defaults, find_defaults, read_json
 from .guidance import SkipLayerGuidance
 from .kontext import reference_pixels
+from .parts import Part, stream_blocks
 from .schedule import euler, sigmas, starting_noise
+from .sources import find_sources
 
 
 class Pipeline:
     """Text encoders, transformer and autoencoder of one checkpoint, with its schedule and its defaults."""
 
-    def __init__(self, transformer: MMDiT, autoencoder: Autoencoder, text: TextEncoders, shift: float | None,
-                 defaults: Defaults):
-        self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
+    def __init__(self, transformer: Part, autoencoder: Part, text: TextEncoders, config: MMDiTConfig, downscale: int,
+                 shift: float | None, defaults: Defaults, dtype: torch.dtype, device: torch.device):
+        self.parts = {"transformer": transformer, "autoencoder": autoencoder}
+        self.text = text
+        self.config, self.downscale = config, downscale  # the transformer's; pixels for each latent, along a side
         self.shift = shift  # of the schedule; None: by picture size (FLUX.1-dev)
         self.defaults = defaults
+        self.dtype, self.device = dtype, device  # that transformer and autoencoder compute in
 
     @classmethod
-    def load(cls, name_or_path: str | Path = "tiny-sd3", dtype: torch.dtype | None = None,
-             device: str | torch.device | None = None) -> "Pipeline":
-        """The pipeline of an embedded checkpoint ("tiny-sd3") or of a folder in the hub's layout.
+    def load(cls, name_or_path: str | Path | None = None, dtype: torch.dtype | None = None,
+             device: str | torch.device | None = None, *, transformer: str | Path | None = None,
+             autoencoder: str | Path | None = None, text_encoders: Sequence[str | Path] | None = None,
+             tokenizers: str | Path | Sequence[str | Path] | None = None,
+             offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False) -> "Pipeline":
+        """The pipeline of an embedded checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
+        files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
-        `dtype` is that of all networks (default: float32 on the CPU, bfloat16 on a GPU); `device` defaults to the
-        GPU where there is one. Raises FileNotFoundError for a name or file that is not there, and
-        `weights.CheckpointError` (a ValueError) for one that cannot be right.
+        What is where is settled and checked now (`find_sources`); numbers are read when a part is first used.
+        `dtype` is that of all networks (default: float32 on the CPU, bfloat16 on a GPU; T5 is never float16); `device`
+        defaults to the GPU where there is one. `offload`: "parts", text encoders, transformer and autoencoder are in
+        memory one at a time; "blocks", moreover the transformer's blocks stay in the CPU's memory and visit the GPU
+        one by one. `keep_float8`: float8 matrices stay so in memory and are widened as they are used.
+        Raises FileNotFoundError for a name or file that is not there, and `weights.CheckpointError` (a ValueError)
+        for one that cannot be right.
         """
-        folder = weights.EMBEDDED.get(str(name_or_path), Path(name_or_path))
-        if not (folder / "model_index.json").is_file():
-            known = ", ".join(weights.EMBEDDED)
-            raise FileNotFoundError(f"no model {str(name_or_path)!r}: it is neither one of {known} nor a folder with a "
-                                    "model_index.json")
+        if offload not in (None, "parts", "blocks"):
+            raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
+        if name_or_path is None and transformer is None:
+            name_or_path = "tiny-sd3"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        where = {"dtype": dtype, "device": device}
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
-        transformer = weights.load_transformer(folder, **where).eval().requires_grad_(False)
-        autoencoder = weights.load_autoencoder(folder / "vae", **where).eval().requires_grad_(False)
-        family = "flux" if transformer.config.position == "rope" else "sd3"
-        text = TextEncoders(family, transformer.config.context_dim, clips=[])
-        for number in ("", "_2", "_3"):
-            if not (folder / f"text_encoder{number}").is_dir():
-                continue
-            encoder = weights.load_text_encoder(folder / f"text_encoder{number}", dtype=text_dtype, device=device)
-            encoder.eval().requires_grad_(False)
-            if isinstance(encoder, ClipTextEncoder):
-                text.clips.append((ClipTokenizer(folder / f"tokenizer{number}"), encoder))
+        found = find_sources(name_or_path, transformer, autoencoder, text_encoders, tokenizers)
+        main, free = found.transformer, offload is not None
+
+        def load_transformer() -> MMDiT:
+            if offload == "blocks":
+                return stream_blocks(main.load(dtype, "cpu", keep_float8), device)
+            return main.load(dtype, device, keep_float8)
+
+        defaults = find_defaults(found.path, main.config)
+        text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=defaults.prompt_tokens)
+        for role, stored in found.text_encoders.items():
+            part = Part(partial(stored.load, text_dtype, device, keep_float8), free)
+            if role == "t5":
+                text.t5 = T5Tokenizer(found.tokenizers[role]), part
             else:
-                text.t5 = T5Tokenizer(folder / f"tokenizer{number}"), encoder
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
-        return cls(transformer, autoencoder, text, shift, find_defaults(folder, transformer.config))
+                text.clips.append((ClipTokenizer(found.tokenizers[role]), part))
+        shift = defaults.shift
+        if found.scheduler:
+            scheduler = read_json(found.scheduler)
+            shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
+        autoencoder = Part(partial(found.autoencoder.load, dtype, device), free)
+        return cls(Part(load_transformer, free), autoencoder, text, main.config, found.autoencoder.config.downscale,
+                   shift, defaults, dtype, device)
+
+    @property
+    def transformer(self) -> MMDiT:
+        """The transformer, read now if it was not yet."""
+        return self.parts["transformer"].module
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder, read now if it was not yet."""
+        return self.parts["autoencoder"].module
 
     @property
     def multiple(self) -> int:
         """The sides of a picture are multiples of this many pixels."""
-        return self.autoencoder.downscale * self.transformer.config.patch_size
+        return self.downscale * self.config.patch_size
 
     @torch.no_grad()
     def __call__(self, prompt: str, images: int = 4, *, steps: int | None = None, guidance: float | None = None,
@@ -99,7 +129,7 @@ class Pipeline:
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
         context, pooled = self._encode_prompts(prompts, images)
         reference = None if pixels is None else self._encode_picture(pixels)
-        embedded = noise.new_full((1,), guidance) if self.transformer.config.guidance_embedding else None
+        embedded = noise.new_full((1,), guidance) if self.config.guidance_embedding else None
 
         def predict(x: Tensor, sigma: float, step: int, groups: int, skip_layers: tuple[int, ...] = ()) -> Tensor:
             n = groups * images  # the last n of the batch: in one group, the conditional branch
@@ -120,9 +150,10 @@ class Pipeline:
                 v = v + skip_layer_guidance.scale * (conditional - skipped)
             return v
 
-        latent = euler(velocity, noise, levels, progress)
-        latent = latent.to(self.transformer.image_in.weight.dtype)
-        return [to_picture(x) for x in self.autoencoder.decode(latent).float()]
+        with self.parts["transformer"].used():
+            latent = euler(velocity, noise, levels, progress)
+        with self.parts["autoencoder"].used() as autoencoder:
+            return [to_picture(x) for x in autoencoder.decode(latent.to(self.dtype)).float()]
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
@@ -133,23 +164,23 @@ class Pipeline:
 
     def _encode_prompts(self, prompts: list[str], images: int) -> tuple[Tensor, Tensor]:
         """Context and pooled vector of each prompt, once for each picture: (prompts · images, …)."""
-        encoded = zip(*(self.text(prompt) for prompt in prompts), strict=True)
-        context, pooled = (repeat(torch.cat(parts), "g ... -> (g images) ...", images=images) for parts in encoded)
-        return context, pooled
+        context, pooled = self.text(*prompts)
+        return repeat(context, "g n d -> (g i) n d", i=images), repeat(pooled, "g d -> (g i) d", i=images)
 
     def _encode_picture(self, pixels: Tensor) -> Tensor:
         """Kontext's reference (1, 3, H, W) in [-1, 1] as a latent: (1, c, H / 8, W / 8)."""
-        return self.autoencoder.encode(pixels.to(self.transformer.image_in.weight))
+        with self.parts["autoencoder"].used() as autoencoder:
+            return autoencoder.encode(pixels.to(self.device, self.dtype))
 
     def _noise(self, seed: int, images: int, height: int, width: int, noise: Tensor | None) -> Tensor:
         """The caller's noise or the seed's, on the transformer's device, float32."""
-        downscale = self.autoencoder.downscale
-        shape = (self.transformer.config.latent_channels, height // downscale, width // downscale)
+        downscale = self.downscale
+        shape = (self.config.latent_channels, height // downscale, width // downscale)
         if noise is None:
             noise = starting_noise(seed, images, shape)
         elif tuple(noise.shape) != (images, *shape):
             raise ValueError(f"noise must have the shape {(images, *shape)}, got {tuple(noise.shape)}")
-        return noise.to(self.transformer.image_in.weight.device, torch.float32)
+        return noise.to(self.device, torch.float32)
 
     def _size(self, height: int | None, width: int | None, pixels: Tensor | None) -> tuple[int, int]:
         """Height and width: the caller's, the reference picture's, or the checkpoint's."""
@@ -162,7 +193,7 @@ class Pipeline:
         return height, width
 
     def _check(self, prompt, images, image, skip) -> None:
-        config = self.transformer.config
+        config = self.config
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("the prompt is empty: say what the pictures should show")
         if images < 1:
@@ -177,7 +208,7 @@ class Pipeline:
 
     def _classifier_free(self, guidance, true_guidance, negative_prompt, skip) -> float | None:
         """The weight of classifier-free guidance, or None for a call without it."""
-        flux, distilled = self.text.family == "flux", self.transformer.config.guidance_embedding
+        flux, distilled = self.text.family == "flux", self.config.guidance_embedding
         for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value}")

@@ -125,7 +125,7 @@ def test_bfloat16_stays_near_float64():
 
 
 def test_downscale():
-    assert Autoencoder(CONFIG).downscale == 4
+    assert CONFIG.downscale == 4
 
 
 @pytest.mark.parametrize(

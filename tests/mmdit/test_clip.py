@@ -87,6 +87,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_equals_transformers(activation, projection_dim, pad):
     model = oracle(activation, projection_dim)
+    bare = oracle(activation, None)  # CLIPTextModel, whose pooled state FLUX was trained on: it has no projection
+    names = {name: name.removeprefix("text_model.") for name in model.state_dict() if name != "text_projection.weight"}
+    bare.load_state_dict({new: model.state_dict()[old] for old, new in names.items()})
     ids = prompts(pad)
     expected = model(ids, output_hidden_states=True)
     found = ours(model, activation, projection_dim)(ids)
@@ -94,6 +97,7 @@ def test_equals_transformers(activation, projection_dim, pad):
     assert relative_error(found.penultimate, expected.hidden_states[-2]) < TOLERANCE
     pooled = expected.text_embeds if projection_dim else expected.pooler_output
     assert relative_error(found.pooled, pooled) < TOLERANCE
+    assert relative_error(found.unprojected, bare(ids).pooler_output) < TOLERANCE
 
 
 @torch.no_grad()

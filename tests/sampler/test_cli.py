@@ -129,7 +129,7 @@ def test_every_option_reaches_the_settings():
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (["a circle", "--model", "tiny-sd9"], "no model 'tiny-sd9'"),
+    (["a circle", "--model", "tiny-sd9"], "tiny-sd9 does not exist"),
     (["a circle", "--width", "60"], "width 60 is no multiple of 8: the nearest that works is 64"),
     (["a circle", "--images", "0"], "images must be at least 1"),
     (["a circle", "--steps", "0"], "steps must be at least 1"),

@@ -146,7 +146,7 @@ def test_wrong_calls_name_the_argument(pipeline, call, message):
 
 
 def test_missing_and_broken_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model 'tiny-sd4'.*tiny-sd3"):
+    with pytest.raises(FileNotFoundError, match="tiny-sd4 does not exist.*tiny-sd3"):
         Pipeline.load("tiny-sd4")
     copy = tmp_path / "copy"
     shutil.copytree(FOLDER, copy)

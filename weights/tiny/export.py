@@ -34,7 +34,7 @@ def export(folder: Path, tokenizers: Path, clips: list[ClipTextEncoder], t5: T5E
         save_text_encoder(encoder.to(torch.bfloat16), folder / f"text_encoder{number}", layout="hub")
     save_transformer(transformer.to(torch.bfloat16), folder / "transformer", layout="hub")
     save_autoencoder(autoencoder.to(torch.bfloat16), folder / "vae", layout="hub")
-    side = sampling["height"] // autoencoder.downscale
+    side = sampling["height"] // autoencoder.config.downscale
     edit_json(folder / "transformer" / "config.json", sample_size=side)  # diffusers' default picture size
     edit_json(folder / "vae" / "config.json", sample_size=sampling["height"])
     scheduler = {"_class_name": CLASSES["scheduler"][1], "num_train_timesteps": 1000, "shift": shift}
