@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmdit import MMDiTConfig
 from repulsion import Repulsion
+from weights.variants import told_by_name
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,15 @@ def public_name(path: Path, config: MMDiTConfig) -> str:
 
     Kontext and dev have the same tensors, so have large and turbo: these are told apart by what they are called.
     """
-    called = names_of(path)
     if config.position == "rope":
         if not config.guidance_embedding:
             return "flux1-schnell"
-        return "flux1-kontext-dev" if "kontext" in called else "flux1-dev"
+        return told_by_name(("flux1-dev", "flux1-kontext-dev"), path) or "flux1-dev"
     if not config.qk_norm:
         return "sd3-medium"
     if config.dual_attention_blocks:
         return "sd3.5-medium"
-    return "sd3.5-large-turbo" if "turbo" in called else "sd3.5-large"
-
-
-def names_of(path: Path) -> str:
-    """What a checkpoint is called, in lower case: its file or folder, where a link leads, its hub cache's repository.
-
-    A hub cache keeps it in models--org--name/snapshots/<hash>.
-    """
-    names = []
-    for place in (path.absolute(), path.resolve()):
-        names += [place.name, *(folder.parent.name for folder in place.parents if folder.name == "snapshots")]
-    return " ".join(names).lower()
+    return told_by_name(("sd3.5-large", "sd3.5-large-turbo"), path) or "sd3.5-large"
 
 
 def read_json(file: Path) -> dict:

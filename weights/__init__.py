@@ -1,6 +1,7 @@
 """Checkpoint files <-> modules: the layouts of the original releases and of the hub, read and written."""
 
 from .embedded import EMBEDDED
+from .hub import resolve
 from .inspection import Inspection, inspect
 from .load import (
     load_autoencoder,
@@ -14,10 +15,10 @@ from .load import (
     save_transformer,
 )
 from .names import CheckpointError
-from .stored import Stored
+from .stored import Stored, roles
 
 __all__ = [
     "EMBEDDED", "CheckpointError", "Inspection", "Stored", "inspect", "load_autoencoder", "load_text_encoder",
-    "load_transformer", "open_autoencoder", "open_text_encoder", "open_transformer", "save_autoencoder",
-    "save_text_encoder", "save_transformer",
+    "load_transformer", "open_autoencoder", "open_text_encoder", "open_transformer", "resolve", "roles",
+    "save_autoencoder", "save_text_encoder", "save_transformer",
 ]

@@ -38,11 +38,12 @@ def table(found: Inspection) -> str:
     """Headline, one row a component, and what else there is or is missing."""
     kind = f"{found.family}, {found.variant or 'without its transformer'}" if found.family else "part of a pipeline"
     lines = [f"{found.path}: {kind.replace('of its own', 'sizes of its own')}", "", *rows(found.components)]
-    notes = [("tokenizer", f"{where} ({what})") for where, what in found.tokenizers.items()]
+    tokenizers = ", ".join(f"{where} ({kind})" for where, kind in found.tokenizers.items())
+    notes = [("tokenizers", tokenizers)] if tokenizers else []
     notes += [("scheduler", found.scheduler)] if found.scheduler else []
     notes += [("also here", f"{file} {what}") for file, what in found.beside.items()]
-    notes += [("missing", f"{name}: {public}") for name, public in found.missing.items()]
-    notes += [("optional", f"{name}: {public}") for name, public in found.optional.items()]
+    notes += [("missing", f"{name:12} {public}") for name, public in found.missing.items()]
+    notes += [("optional", f"{name:12} {public}") for name, public in found.optional.items()]
     if found.family and not found.missing:
         notes.append(("missing", "nothing"))
     if found.not_finite is not None:
@@ -62,7 +63,7 @@ def rows(components: tuple[Component, ...]) -> Iterator[str]:
     in_one_file = len({c.where for c in components}) == 1 < len(components)
     cells = [("component", "names" if in_one_file else "where", "layout", "dtype", "parameters", "size")]
     for c in components:
-        where = c.prefix + "*" if in_one_file else f"{c.where}: {c.prefix}*" if c.prefix else c.where
+        where = f"{c.prefix}*" if in_one_file and c.prefix else "no prefix" if in_one_file else c.where
         shards = f" in {c.files} shards" if c.files > 1 else ""
         dtypes = [f"{n} × {dtype}" if len(c.dtypes) > 1 else dtype for dtype, n in c.dtypes.items()]
         cells.append((c.role, where, c.layout + shards, ", ".join(dtypes), short(c.parameters),

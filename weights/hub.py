@@ -44,7 +44,8 @@ def resolve(path: str | os.PathLike, component: str | None = None, download: boo
         install = "" if find_spec("huggingface_hub") else "pip install huggingface_hub && "
         only = f' --include "{component}/*"' if component else ""
         state = "only in part in" if snapshot else "neither a path nor in"
-        raise FileNotFoundError(f"{text} is {state} the cache {cache_folder()}: run `{install}hf download {text}{only}`")
+        raise FileNotFoundError(f"{text} is {state} the cache {cache_folder()}: "
+                                f"run `{install}hf download {text}{only}`")
     return _download(text, component)
 
 

@@ -18,10 +18,11 @@ from .kinds import FLUX, SD3, Part, find_parts, foreign
 from .locate import STEMS, find_weights, list_tensors, read_json
 from .names import CheckpointError, Sizes
 from .shapes import Shapes
+from .variants import told_by_name
 
 FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of the hub
 ROLES = ("transformer", "autoencoder", "clip_l", "clip_g", "clip", "t5")
-CLIP_TOKENIZER, T5_TOKENIZER = "CLIP tokenizer", "T5 tokenizer"
+CLIP, T5 = "CLIP", "T5"  # kinds of tokenizers
 FAMILIES = {FLUX: "FLUX.1", SD3: "SD3"}
 
 # What a pipeline consists of: its name there, what that is, and where the public has it.
@@ -31,8 +32,8 @@ NEEDS = {
         ("autoencoder", "autoencoder", "ae.safetensors or vae/"),
         ("clip_l", "clip_l", "clip_l.safetensors or text_encoder/"),
         ("t5", "t5", "t5xxl_fp16.safetensors or text_encoder_2/"),
-        ("tokenizer", CLIP_TOKENIZER, "tokenizer/ (vocab.json, merges.txt)"),
-        ("tokenizer_2", T5_TOKENIZER, "tokenizer_2/ (spiece.model or tokenizer.json)"),
+        ("tokenizer", CLIP, "tokenizer/ (vocab.json, merges.txt)"),
+        ("tokenizer_2", T5, "tokenizer_2/ (spiece.model or tokenizer.json)"),
     ],
     "SD3": [
         ("transformer", "transformer", "sd3.5_medium.safetensors, for example, or transformer/"),
@@ -40,18 +41,13 @@ NEEDS = {
         ("clip_l", "clip_l", "clip_l.safetensors or text_encoder/"),
         ("clip_g", "clip_g", "clip_g.safetensors or text_encoder_2/"),
         ("t5", "t5", "t5xxl_fp16.safetensors or text_encoder_3/"),
-        ("tokenizer", CLIP_TOKENIZER, "tokenizer/ (vocab.json, merges.txt)"),
-        ("tokenizer_2", CLIP_TOKENIZER, "tokenizer_2/ (vocab.json, merges.txt)"),
-        ("tokenizer_3", T5_TOKENIZER, "tokenizer_3/ (spiece.model or tokenizer.json)"),
+        ("tokenizer", CLIP, "tokenizer/ (vocab.json, merges.txt)"),
+        ("tokenizer_2", CLIP, "tokenizer_2/ (vocab.json, merges.txt)"),
+        ("tokenizer_3", T5, "tokenizer_3/ (spiece.model or tokenizer.json)"),
     ],
 }
 OPTIONAL = {"FLUX.1": (), "SD3": ("t5", "tokenizer_3")}
 
-# Variants of the same sizes are told apart by what they are called, in lower case.
-CALLED = [
-    ("flux1-kontext-dev", r"kontext"), ("flux1-dev", r"flux[^a-z]*dev(?![a-z])"),
-    ("sd3.5-large-turbo", r"turbo"), ("sd3.5-large", r"3[._]?5[^a-z]*large(?![a-z])"),
-]
 CHUNK = 2**22  # numbers that are checked at a time
 
 
@@ -77,7 +73,7 @@ class Inspection:
     family: str | None  # "FLUX.1", "SD3"
     variant: str | None  # the public name; several joined by "or" where nothing tells; "of its own" for other sizes
     components: tuple[Component, ...]
-    tokenizers: dict[str, str]  # folder or file: what it is
+    tokenizers: dict[str, str]  # folder or file: "CLIP" or "T5"
     scheduler: str | None
     missing: dict[str, str]  # what a pipeline of the family lacks: where the public has it
     optional: dict[str, str]  # likewise, what it can do without
@@ -181,18 +177,17 @@ def _role(one: Found) -> str:
 
 def _describe(one: Found, root: Path) -> Component:
     part, place = one
-    table = set() if part.kind is not SD3 else set(part.layout.find("position_table", Sizes())[0])
+    table = part.layout.find("position_table", Sizes())[0] if part.kind is SD3 else []  # is no parameter
     dtypes = {}
-    for entry in part.entries.values():
+    for entry in sorted(part.entries.values(), key=lambda entry: -entry.nbytes):  # that of the largest stands first
         word = f"{entry.dtype} scaled" if entry.scale else entry.dtype
         dtypes[word] = dtypes.get(word, 0) + 1
     stored = [entry for whole in part.entries.values() for entry in (whole, whole.scale) if entry]
     where = place.name if place == root else place.relative_to(root).as_posix() + "/" * place.is_dir()
     return Component(
-        _role(one), where, len({entry.file for entry in stored}), part.prefix, part.layout.name,
-        dict(sorted(dtypes.items(), key=lambda item: -item[1])),
-        sum(prod(entry.shape) for name, entry in part.entries.items() if name not in table),  # the table is fixed
-        sum(entry.nbytes for entry in stored),
+        role=_role(one), where=where, files=len({entry.file for entry in stored}), prefix=part.prefix,
+        layout=part.layout.name, dtypes=dtypes, bytes=sum(entry.nbytes for entry in stored),
+        parameters=sum(prod(entry.shape) for name, entry in part.entries.items() if name not in table),
     )
 
 
@@ -209,21 +204,7 @@ def _variant(part: Part) -> str:
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     fitting = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()]
-    if len(fitting) > 1:
-        for name in _names(file):
-            for variant, pattern in CALLED:
-                if variant in fitting and re.search(pattern, name):
-                    return variant
-    return " or ".join(fitting) or "of its own"
-
-
-def _names(file: Path) -> list[str]:
-    """What a file and the folders around it are called, in lower case, the nearest first.
-
-    Four folders: in a hub's cache a repository's is models--org--name/snapshots/<hash>/transformer.
-    """
-    paths = (file.absolute(), file.resolve())
-    return [name.lower() for path in paths for name in (path.name, *(folder.name for folder in path.parents[:4]))]
+    return told_by_name(fitting, file) or " or ".join(fitting) or "of its own"
 
 
 def _family_of(index: dict) -> str | None:
@@ -234,17 +215,17 @@ def _family_of(index: dict) -> str | None:
 
 
 def _tokenizers(root: Path) -> dict[str, str]:
-    """Folder or file: what it is."""
+    """Folder or file: of which kind."""
     found = {}
     for name in ("tokenizer/", "tokenizer_2/", "tokenizer_3/", "tokenizer.json", "spiece.model"):
         place = root / name
         if name == "spiece.model" and place.is_file() or (place / "spiece.model").is_file():
-            found[name] = T5_TOKENIZER
+            found[name] = T5
         elif (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-            found[name] = CLIP_TOKENIZER
+            found[name] = CLIP
         elif content := read_json(place if place.suffix == ".json" else place / "tokenizer.json"):
             is_clip = isinstance((content.get("model") or {}).get("vocab"), dict)
-            found[name] = CLIP_TOKENIZER if is_clip else T5_TOKENIZER
+            found[name] = CLIP if is_clip else T5
     return found
 
 

@@ -98,17 +98,24 @@ class Part(NamedTuple):
 
 def find_parts(entries: Mapping[str, Entry]) -> list[Part]:
     """Every module of a kind we know."""
-    return [
-        Part(kind, layout, prefix, _own(entries, layout, prefix))
+    found = [
+        (kind, layout, prefix)
         for kind in KINDS for layout in kind.layouts for prefix in (*layout.prefixes, "")
         if prefix + layout.sign in entries
     ]
+    bare = any(not prefix for *_, prefix in found)
+    return [Part(kind, layout, prefix, _own(entries, layout, prefix, strangers=not (prefix and bare)))
+            for kind, layout, prefix in found]
 
 
-def _own(entries: Mapping[str, Entry], layout: Layout, prefix: str) -> dict[str, Entry]:
-    """Everything that does not begin as another module's names do: what is strange is reported with its full name."""
-    others = tuple(root for root in ROOTS if not prefix.startswith(root))
-    own = {name.removeprefix(prefix): entry for name, entry in entries.items() if not name.startswith(others)}
+def _own(entries: Mapping[str, Entry], layout: Layout, prefix: str, strangers: bool) -> dict[str, Entry]:
+    """What begins as this module's names do and, with `strangers`, what begins as no module's.
+
+    These are the module's that has no prefix; in a file where all have one, each reports them with their full names.
+    """
+    roots = tuple(root for root in ROOTS if prefix.startswith(root))
+    own = {name.removeprefix(prefix): entry for name, entry in entries.items()
+           if name.startswith(roots) or strangers and not name.startswith(ROOTS)}
     for copy, name in layout.copies.items():
         if copy in own:
             own.setdefault(name, own.pop(copy))

@@ -1,0 +1,92 @@
+"""Which modules names and widths tell, in the public files and in others'."""
+
+from pathlib import Path
+
+import pytest
+from small_models import CLIP, same_tensors
+from sparse import MANIFESTS, shapes_of, sparse_file
+
+from mmdit import ClipTextEncoder
+from weights import CheckpointError, load_text_encoder, save_text_encoder
+from weights.files import Entry
+from weights.kinds import find_parts, foreign
+
+
+def entries(tensors):
+    return {name: Entry(Path("file"), name, "F32", shape) for name, shape in tensors.items()}
+
+
+def roles(tensors):
+    return [part.role for part in find_parts(entries(tensors))]
+
+
+def test_every_tensor_of_a_public_file_belongs_to_the_module_it_is_of():
+    for manifest in MANIFESTS:
+        parts = find_parts(entries(shapes_of(manifest)))
+        assert len(parts) == (2 if manifest.startswith("sai") else 1), manifest
+        named = [part.prefix + name for part in parts for name in part.entries]
+        second = {"encoder.embed_tokens.weight"} if "t5" in manifest else set()
+        assert sorted({*named} | second) == sorted(shapes_of(manifest)) and len(named) == len(set(named))
+        assert foreign(shapes_of(manifest)) is None
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_merged_files_are_parted_and_strange_names_belong_to_the_module_without_prefix(prefix):
+    modules = {prefix: "bfl/flux1-dev", "vae.": "bfl/ae", "text_encoders.clip_l.transformer.": "text/clip_l"}
+    merged = {name: shape for start, manifest in modules.items() for name, shape in shapes_of(manifest, start).items()}
+    parts = find_parts(entries(merged | {"strange.weight": (1,)}))
+    assert {part.prefix: part.role for part in parts} == dict(zip(modules, ["transformer", "autoencoder", "clip_l"],
+                                                                  strict=True))
+    for part in parts:
+        strange = {"strange.weight"} if part.prefix == "" or prefix else set()
+        assert part.entries.keys() == shapes_of(modules[part.prefix]).keys() | strange
+
+
+def test_prefix_goes_before_width_and_width_tells_the_clips():
+    assert roles(shapes_of("text/clip_l")) == roles(shapes_of("text/clip_l.projection")) == ["clip_l"]
+    assert roles(shapes_of("text/clip_g")) == ["clip_g"]
+    bare = {name.removeprefix("text_model."): shape for name, shape in shapes_of("text/clip_l").items()}
+    assert roles(bare) == ["clip_l"]  # as transformers 5 writes it
+    assert roles(shapes_of("text/clip_g", "text_encoders.clip_l.transformer.")) == ["clip_l"]
+    narrow = shapes_of("text/clip_l") | {"text_model.embeddings.token_embedding.weight": (49408, 512)}
+    assert roles(narrow) == ["clip"]
+
+
+def test_the_same_rule_serves_loading(tmp_path):
+    clip_g = sparse_file(tmp_path / "any.safetensors", shapes_of("text/clip_g"))
+    with pytest.raises(CheckpointError, match="holds no clip_l but CLIP text encoder"):
+        load_text_encoder(clip_g, which="clip_l")
+    save_text_encoder(ClipTextEncoder(CLIP), tmp_path / "narrow.safetensors")
+    for which in ("clip_l", "clip_g"):  # of a width that tells nothing: whoever asks knows
+        same_tensors(load_text_encoder(tmp_path / "narrow.safetensors", CLIP, which=which).state_dict(),
+                     load_text_encoder(tmp_path / "narrow.safetensors", CLIP).state_dict())
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", "a LoRA"),  # diffusers
+    ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "a LoRA"),  # kohya
+    ("double_blocks.0.processor.proj_lora1.down.weight", "a LoRA"),  # XLabs
+    ("lora_te1_text_model_encoder_layers_0_mlp_fc1.dora_scale", "a LoRA"),
+    ("lycoris_blocks_0.hada_w1_a", "a LoRA"),
+    ("controlnet_blocks.0.weight", "a ControlNet"), ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+    ("control_model.input_blocks.0.0.weight", "a ControlNet"), ("input_hint_block.0.weight", "a ControlNet"),
+    ("double_blocks.0.img_attn.proj.weight.absmax", "quantized to 4 or 8 bits"),
+    ("model.diffusion_model.double_blocks.0.img_attn.proj.weight.quant_state.bitsandbytes__nf4", "quantized to 4"),
+    ("transformer_blocks.0.qkv_proj.qweight", "quantized to 4 or 8 bits"),
+    ("vision_model.embeddings.class_embedding", "a whole CLIP"),
+    ("double_stream_modulation_img.lin.weight", "FLUX.2"),
+    ("distilled_guidance_layer.in_proj.weight", "Chroma"),
+    ("model.diffusion_model.label_emb.0.0.weight", "SDXL"), ("add_embedding.linear_1.weight", "SDXL"),
+    ("conditioner.embedders.1.model.ln_final.weight", "SDXL"),
+    ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion 1 or 2"),
+    ("down_blocks.0.resnets.0.conv1.weight", "Stable Diffusion 1 or 2"),
+])
+def test_names_of_other_models(name, what):
+    assert foreign(["another.weight", name]).startswith(what)
+
+
+def test_the_more_telling_name_counts():
+    unet = "down_blocks.0.resnets.0.conv1.weight"
+    assert foreign([unet, "add_embedding.linear_1.weight"]).startswith("SDXL")
+    assert foreign([unet, "controlnet_mid_block.weight"]).startswith("a ControlNet")
+    assert foreign(["encoder." + unet, "decoder.conv_in.weight"]) is None  # an autoencoder of the hub
