@@ -1,6 +1,6 @@
 """The hub's config.json <-> our configs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmdit import AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config
@@ -40,11 +40,11 @@ def transformer_from_hub(hub: Json) -> MMDiTConfig:
     channels = _get(hub, "in_channels")
     match _class_of(hub):
         case "FluxTransformer2DModel":
-            _expect(hub, patch_size=1, out_channels=(None, channels))
+            _expect(hub, patch_size=1, in_channels=4 * (channels // 4), out_channels=(None, channels))
             return MMDiTConfig(
                 **common, num_single_blocks=_get(hub, "num_single_layers"), latent_channels=channels // 4,
-                guidance_embedding=hub.get("guidance_embeds", False),
-                rope_axes=tuple(hub.get("axes_dims_rope", (16, 56, 56))),
+                guidance_embedding=_get(hub, "guidance_embeds", FLAG, False),
+                rope_axes=tuple(_get(hub, "axes_dims_rope", SIZES, (16, 56, 56))),
             )
         case "SD3Transformer2DModel":
             _expect(hub, out_channels=(None, channels), caption_projection_dim=common["hidden_size"],
@@ -52,7 +52,7 @@ def transformer_from_hub(hub: Json) -> MMDiTConfig:
             return MMDiTConfig(
                 **common, position="table", position_table_size=_get(hub, "pos_embed_max_size"),
                 latent_channels=channels, patch_size=_get(hub, "patch_size"), qk_norm=hub.get("qk_norm") is not None,
-                dual_attention_blocks=tuple(hub.get("dual_attention_layers", ())),
+                dual_attention_blocks=tuple(_get(hub, "dual_attention_layers", SIZES, ())),
             )
     raise _unknown_class(hub, "FluxTransformer2DModel or SD3Transformer2DModel")
 
@@ -65,9 +65,9 @@ def autoencoder_from_hub(hub: Json) -> AutoencoderConfig:
             out_channels=3, act_fn=(None, "silu"), use_quant_conv=False, use_post_quant_conv=False,
             mid_block_add_attention=(None, True))
     return AutoencoderConfig(
-        channels=tuple(_get(hub, "block_out_channels")), latent_channels=_get(hub, "latent_channels"),
-        blocks_per_level=_get(hub, "layers_per_block"), norm_groups=hub.get("norm_num_groups", 32),
-        scaling=_get(hub, "scaling_factor"), shift=hub.get("shift_factor") or 0.0,
+        channels=tuple(_get(hub, "block_out_channels", SIZES)), latent_channels=_get(hub, "latent_channels"),
+        blocks_per_level=_get(hub, "layers_per_block"), norm_groups=_get(hub, "norm_num_groups", SIZE, 32),
+        scaling=_get(hub, "scaling_factor", SCALE), shift=_get(hub, "shift_factor", SHIFT, None) or 0.0,
     )
 
 
@@ -79,11 +79,14 @@ def clip_from_hub(hub: Json) -> ClipConfig:
     if _class_of(hub) not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         raise _unknown_class(hub, "CLIPTextModel or CLIPTextModelWithProjection")
     _expect(hub, layer_norm_eps=(None, 1e-5))
-    vocab_size, end = _get(hub, "vocab_size"), hub.get("eos_token_id", 2)
+    vocab_size, end = _get(hub, "vocab_size"), _get(hub, "eos_token_id", SIZE, 2)
+    if end >= vocab_size and end != 2:
+        raise CheckpointError(f"config.json has eos_token_id {end}, expected one below vocab_size {vocab_size}: "
+                              "download it again")
     return ClipConfig(
         vocab_size=vocab_size, hidden_size=_get(hub, "hidden_size"), intermediate_size=_get(hub, "intermediate_size"),
         num_layers=_get(hub, "num_hidden_layers"), num_heads=_get(hub, "num_attention_heads"),
-        activation=_get(hub, "hidden_act"), max_positions=hub.get("max_position_embeddings", 77),
+        activation=_get(hub, "hidden_act", TEXT), max_positions=_get(hub, "max_position_embeddings", SIZE, 77),
         projection_dim=_get(hub, "projection_dim") if _class_of(hub) == "CLIPTextModelWithProjection" else None,
         end_token=vocab_size - 1 if end == 2 else end,
     )
@@ -97,23 +100,40 @@ def t5_from_hub(hub: Json) -> T5Config:
     return T5Config(
         vocab_size=_get(hub, "vocab_size"), hidden_size=_get(hub, "d_model"), head_dim=_get(hub, "d_kv"),
         intermediate_size=_get(hub, "d_ff"), num_layers=_get(hub, "num_layers"), num_heads=_get(hub, "num_heads"),
-        relative_buckets=hub.get("relative_attention_num_buckets", 32),
-        relative_max_distance=hub.get("relative_attention_max_distance", 128),
+        relative_buckets=_get(hub, "relative_attention_num_buckets", SIZE, 32),
+        relative_max_distance=_get(hub, "relative_attention_max_distance", SIZE, 128),
     )
 
 
-def _get(hub: Json, key: str) -> Any:
+# What an entry may be: in words, and a function that tells.
+SIZE = ("a whole number from 1 to 2³¹", lambda value: type(value) is int and 1 <= value < 2**31)
+SIZES = ("a list of whole numbers",
+         lambda value: isinstance(value, list) and all(type(n) is int and 0 <= n < 2**31 for n in value))
+SCALE = ("a positive number", lambda value: type(value) in (int, float) and 1e-9 < value < 1e9)
+SHIFT = ("a number", lambda value: value is None or type(value) in (int, float) and -1e9 < value < 1e9)
+FLAG = ("true or false", lambda value: type(value) is bool)
+TEXT = ("a text", lambda value: isinstance(value, str))
+
+
+def _get(hub: Json, key: str, kind: tuple[str, Callable[[Any], bool]] = SIZE, *default: Any) -> Any:
+    """The entry, if it is of its kind; the default, where there is one, in its absence."""
     if key not in hub:
+        if default:
+            return default[0]
         raise CheckpointError(f"config.json has no entry {key}: download it again")
+    words, fits = kind
+    if not fits(hub[key]):
+        raise CheckpointError(f"config.json has {key} {hub[key]!r:.60}, expected {words}: download it again")
     return hub[key]
 
 
-def _class_of(hub: Json) -> str | None:
-    return hub.get("_class_name") or (hub.get("architectures") or [None])[0]
+def _class_of(hub: Json) -> Any:
+    architectures = hub.get("architectures")
+    return hub.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
 
 
 def _unknown_class(hub: Json, expected: str) -> CheckpointError:
-    return CheckpointError(f"config.json describes a {_class_of(hub)}, expected {expected}: give another folder")
+    return CheckpointError(f"config.json describes a {_class_of(hub)!s:.60}, expected {expected}: give another folder")
 
 
 def _expect(hub: Json, **wanted: Any) -> None:
@@ -122,7 +142,7 @@ def _expect(hub: Json, **wanted: Any) -> None:
         values = values if isinstance(values, tuple) else (values,)
         if key in hub and hub[key] not in values:
             raise CheckpointError(
-                f"config.json has {key} {hub[key]!r}, expected {' or '.join(map(repr, values))}: "
+                f"config.json has {key} {hub[key]!r:.60}, expected {' or '.join(map(repr, values))}: "
                 "models of this kind are not supported"
             )
 

@@ -64,7 +64,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as opened:
         header, start = _header_json(opened, file)
         size = os.fstat(opened.fileno()).st_size
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", None)
+    if notes is not None and not (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values())):
+        raise _damaged(file, "the header's __metadata__ is not one of texts")
     entries = {name: _entry(file, name, about, start) for name, about in header.items()}
     end = start
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
@@ -84,30 +86,44 @@ def _header_json(opened: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
     size = os.fstat(opened.fileno()).st_size
     first = opened.read(8)
     length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
+    if len(first) < 8 or length > LONGEST_HEADER:
         for magic, what in IMPOSTORS.items():
             if first.startswith(magic):
                 raise CheckpointError(f"{file} is {what}")
-        if len(first) < 8:
-            raise _damaged(file, f"it has {size} bytes, fewer than the length of a header")
+    if len(first) < 8:
+        raise _damaged(file, f"it has {size} bytes, fewer than the length of a header")
+    if length > min(size - 8, LONGEST_HEADER):
         raise _damaged(file, f"its header would be {length:,} bytes long, the file has {size:,}")
+    try:
+        return parse_object(opened.read(length)), 8 + length
+    except ValueError as error:
+        raise _damaged(file, f"its header is no JSON object: {error}") from error
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """A JSON object, as strictly as the library reads one. Raises ValueError for anything else."""
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise _damaged(file, f"{next(n for n in names if names.count(n) > 1)} stands in the header twice")
-        return found
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+        return dict(pairs)
+
+    def no_number(word: str) -> None:  # Python's own NaN and Infinity
+        raise ValueError(f"{word} is no number")
+
+    def whole(digits: str) -> int | float:
+        return float(digits) if digits == "-0" else int(digits)
 
     try:
-        header = json.loads(opened.read(length).decode("utf-8"), object_pairs_hook=no_twins)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, f"its header is a JSON {type(header).__name__}, expected an object")
-    return header, 8 + length
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_number,
+                           parse_int=whole)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it is a {type(found).__name__}")
+    return found
 
 
 def _entry(file: Path, name: str, about: Any, start: int) -> Entry:
@@ -146,9 +162,13 @@ def attach_scales(entries: dict[str, Entry]) -> dict[str, Entry]:
         weight = found.get(stem + ".weight")
         if stem != name and weight is not None and weight.dtype in FLOAT8:
             scale = found.pop(name)
-            if scale.dtype not in DTYPES or prod(scale.shape) not in (1, weight.shape[0] if weight.shape else 1):
+            rows = weight.shape[:1]
+            if scale.dtype not in DTYPES or scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
                 raise CheckpointError(f"{scale.file}: tensor {name} is {scale.dtype} of shape {scale.shape}, expected "
                                       f"one scale for {weight.name}, or one for each of its rows: use another release")
+            if weight.scale:
+                raise CheckpointError(f"{scale.file}: {weight.name} has two scales, {weight.scale.name} and {name}: "
+                                      "use another release")
             found[weight.name] = replace(weight, scale=scale)
     return found
 
@@ -177,14 +197,14 @@ def read_into(target: Tensor, entry: Entry) -> None:
         if entry.scale is None:
             target.copy_(stored)
         else:
-            target.copy_(stored.float() * read_scale(entry))
+            target.copy_(stored.float().mul_(read_scale(entry)))
 
 
 def read_scale(entry: Entry) -> Tensor:
-    """A float8 matrix's scale in float32, () or (rows, 1)."""
+    """A float8 tensor's scale in float32, () or (rows, 1, …)."""
     with stored_numbers(entry.scale) as scale:
         scale = scale.float()
-        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (len(entry.shape) - 1))
 
 
 def read_tensor(entry: Entry, dtype: torch.dtype | None = None) -> Tensor:

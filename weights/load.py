@@ -17,6 +17,7 @@ from mmdit import (
     T5Config,
     T5Encoder,
 )
+from mmdit.float8 import Float8Linear
 
 from . import configs, shapes
 from .kinds import AUTOENCODER, CLIP_TEXT, FLUX, SD3, T5_TEXT, Kind
@@ -126,6 +127,10 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
         if getattr(model.config, key) != value:
             raise CheckpointError(f"the {names.name} layout takes {key} {value!r} for granted, this model has "
                                   f"{getattr(model.config, key)!r}: it cannot be stored so")
+    for name, module in model.named_modules():
+        if isinstance(module, Float8Linear) and module.scale is not None:
+            raise CheckpointError(f"{name} is float8 with a scale, which is not written: save the model that "
+                                  "dtype=torch.bfloat16 without keep_float8 loads")
     parts = names.split(model.state_dict(), configs.sizes_of(model.config))
     if layout == "hub":
         tensors = {theirs: part for _, theirs, part in parts}

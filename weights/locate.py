@@ -1,12 +1,12 @@
 """From what a user names to the tensors there: a file, a hub folder, the folder around it, or a name on the hub."""
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import PICKLES, Entry, attach_scales, read_header
+from .files import PICKLES, Entry, attach_scales, parse_object, read_header
 from .hub import resolve
 from .names import CheckpointError
 
@@ -71,12 +71,9 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no JSON ({error}): download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a JSON object: download it again")
-    return content
+        return parse_object(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON object ({error}): download it again") from error
 
 
 def _read_index(index: Path) -> dict[str, Entry]:
@@ -88,7 +85,7 @@ def _read_index(index: Path) -> dict[str, Entry]:
     for shard in sorted(set(weight_map.values())):
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{index} points to {shard!r}, outside its own folder: do not trust this download")
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):  # which takes names that are too long, too
             raise FileNotFoundError(f"{index.parent / shard} is missing, which {index.name} names: download it again")
         shards[shard] = read_header(index.parent / shard)
     unlisted = [(name, shard) for shard, entries in shards.items() for name in entries if name not in weight_map]

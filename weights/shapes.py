@@ -37,7 +37,7 @@ class Shapes:
     def __getitem__(self, ours: str) -> tuple[int, ...]:
         shape, stored = self.get(ours), self.layout.find(ours, Sizes())[0][0]
         if shape is None:
-            raise CheckpointError(f"tensor {stored} is missing: the file is incomplete or another model's")
+            raise CheckpointError(f"tensor {stored} is missing: give the whole file, or the folder of all shards")
         axes = 1 if ".norm" in ours else 2
         if len(shape) < axes or 0 in shape:
             raise CheckpointError(f"tensor {stored} has shape {shape}, expected at least {axes} axes and no empty one: "
@@ -102,7 +102,7 @@ def autoencoder_rest(shapes: Shapes, found: Fields) -> Fields:
 
 
 def clip_fields(shapes: Shapes) -> Fields:
-    vocab_size, width = shapes["token_embedding.weight"]
+    vocab_size, width = shapes["token_embedding.weight"][:2]
     found = {
         "vocab_size": vocab_size, "hidden_size": width,
         "intermediate_size": shapes["layers.0.mlp.in_layer.weight"][0],
@@ -123,8 +123,8 @@ def clip_rest(shapes: Shapes, found: Fields) -> Fields:
 
 
 def t5_fields(shapes: Shapes) -> Fields:
-    vocab_size, width = shapes["token_embedding.weight"]
-    buckets, heads = shapes["relative_bias.weight"]
+    vocab_size, width = shapes["token_embedding.weight"][:2]
+    buckets, heads = shapes["relative_bias.weight"][:2]
     return {
         "vocab_size": vocab_size, "hidden_size": width, "num_heads": heads, "relative_buckets": buckets,
         "head_dim": shapes["layers.0.attention.qkv.weight"][0] // heads,

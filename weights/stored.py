@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import configs, fill, shapes
 from .files import DTYPES
-from .kinds import Kind, Part, find_parts, foreign
+from .kinds import FLUX, SD3, Kind, Part, find_parts, foreign
 from .locate import Checkpoint, open_checkpoint
 from .names import CheckpointError
 
@@ -71,6 +71,12 @@ def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = 
     return Stored(checkpoint.path, config, part, skeleton, identity)
 
 
+def roles(path: str | Path) -> list[str]:
+    """The modules in a file, or in a hub folder of one: transformer, autoencoder, clip_l, clip_g, t5, or clip for a
+    CLIP text encoder of sizes of its own. Empty where there is none that we know; errors as in `load_transformer`."""
+    return [part.role for part in find_parts(open_checkpoint(path).entries)]
+
+
 def _module(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
@@ -85,14 +91,17 @@ def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None)
     """The one module that is meant."""
     parts = find_parts(checkpoint.entries)
     found = _of_kinds(parts, kinds, which)
+    has_transformer = any(part.kind in (FLUX, SD3) for part in parts)
+    if not has_transformer and (what := foreign(checkpoint.entries)):
+        raise CheckpointError(f"{checkpoint.path} is {what}")
     if len(found) == 1:
         return found[0]
     wanted = which or " or ".join(dict.fromkeys(kind.name for kind in kinds))
     if found:
-        raise CheckpointError(f"{checkpoint.path} holds several of these: {', '.join(part.role for part in found)}: "
-                              f"say which={found[0].role!r}, for example")
-    if what := foreign(checkpoint.entries):
-        raise CheckpointError(f"{checkpoint.path} is {what}")
+        names = ", ".join(f"{part.role} ({part.prefix}{part.layout.sign})" for part in found)
+        told_apart = which is None and len({part.role for part in found}) == len(found)
+        remedy = f"say which={found[-1].role!r}, for example" if told_apart else "give a file with one of them"
+        raise CheckpointError(f"{checkpoint.path} holds several of these, {names}: {remedy}")
     if parts:
         held = " and ".join(f"{part.kind.name} ({part.layout.name} layout)" for part in parts)
         raise CheckpointError(f"{checkpoint.path} holds no {wanted} but {held}: give another file")
