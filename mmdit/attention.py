@@ -37,6 +37,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None = None) -> Ten
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n k -> b n (h k)")
 
 
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, angles: Tensor | None, n: int, repulsion: Repulsion,
+                 groups: int) -> Tensor:
+    """What the first n queries read once the samples of a group have pushed their logits apart: → (b, n, h · k)."""
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    logits = repulsion.scores(q[:, :, :n] @ k.mT * q.shape[-1] ** -0.5, groups)
+    return rearrange(logits.softmax(dim=-1) @ v, "b h n k -> b n (h k)")
+
+
 class JointAttention(nn.Module):
     """Two streams, one softmax (SD3 section 4; Eq. 1 of contextual repulsion: f̂_T, f̂_I = MM-Attn(f_T, f_I)).
 
@@ -55,6 +64,8 @@ class JointAttention(nn.Module):
         streams = zip(self.context.to_qkv(context), self.image.to_qkv(image), strict=True)
         q, k, v = (torch.cat(pair, dim=2) for pair in streams)  # the context first, then the image
         joint = attend(q, k, v, angles)
+        if repulsion is not None and repulsion.tokens == "scores":  # the paper's ablation, appendix D
+            joint = torch.cat([attend_apart(q, k, v, angles, n, repulsion, groups), joint[:, n:]], dim=1)
         context = self.context.out(joint[:, :n]) if self.context.out else None
         image = self.image.out(joint[:, n:])
         if repulsion is not None:  # Eq. 2: the samples of a group push each other's contextual tokens away

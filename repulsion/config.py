@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .repel import check_settings, repel
@@ -20,7 +21,10 @@ class Repulsion:
     iterations: M, small steps that the push is made of
     steps: τ, repel in that many of the first denoising steps
     blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
-    tokens: "context" (the paper), or "image" (its ablation)
+    tokens: "context" (the paper), or its ablations: "image", or "scores", the logits of the context's queries in the
+    attention of dual-stream blocks
+    branches: with classifier-free guidance push "all" branches, each a group of its own (the paper), or the
+    "conditional" one alone, the last group
     single_stream_tokens: in single-stream blocks push "all" tokens (the paper), only the "context", or "none"
     site: "attention": what the joint attention returns, before gate and residual; "block": what leaves the block
     objective: "vendi" (the paper), "dpp", "rke" or "cosine", see `repulsion.objectives`
@@ -34,7 +38,8 @@ class Repulsion:
     iterations: int = 50
     steps: int = 1
     blocks: Blocks = "all"
-    tokens: Literal["context", "image"] = "context"
+    tokens: Literal["context", "image", "scores"] = "context"
+    branches: Literal["all", "conditional"] = "all"
     single_stream_tokens: Literal["all", "context", "none"] = "all"
     site: Literal["attention", "block"] = "attention"
     objective: str = "vendi"
@@ -46,8 +51,8 @@ class Repulsion:
         check_settings(self.scale, self.diversity, self.iterations, self.objective, self.kernel_reg, self.solver)
         if self.steps < 0:
             raise ValueError(f"repulsion steps must not be negative, got {self.steps}")
-        for field, allowed in (("tokens", ("context", "image")), ("site", ("attention", "block")),
-                               ("single_stream_tokens", ("all", "context", "none"))):
+        for field, allowed in (("tokens", ("context", "image", "scores")), ("branches", ("all", "conditional")),
+                               ("single_stream_tokens", ("all", "context", "none")), ("site", ("attention", "block"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"repulsion {field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         if isinstance(self.blocks, str):
@@ -86,7 +91,7 @@ class Repulsion:
         """
         if site == self.site and self.tokens == "image":
             image = self._repel(image, groups)
-        elif site == self.site and context is not None:
+        elif site == self.site and self.tokens == "context" and context is not None:
             context = self._repel(context, groups)
         return context, image
 
@@ -96,15 +101,21 @@ class Repulsion:
             start, stop = num_context, None
         else:
             start, stop = 0, {"all": None, "context": num_context, "none": 0}[self.single_stream_tokens]
-        if site != self.site or stop == 0:
+        if site != self.site or stop == 0 or self.tokens == "scores":
             return tokens
         repelled = tokens.clone()
         repelled[:, start:stop] = self._repel(tokens[:, start:stop], groups)
         return repelled
 
+    def scores(self, logits: Tensor, groups: int) -> Tensor:
+        """The logits of the context's queries, repelled: (groups · B, heads, N, N + M) → the same shape."""
+        return self._repel(logits.flatten(1, 2), groups).view_as(logits)
+
     def _repel(self, tokens: Tensor, groups: int) -> Tensor:
-        return repel(tokens, self.scale, self.iterations, diversity=self.diversity, objective=self.objective,
-                     kernel_reg=self.kernel_reg, solver=self.solver, groups=groups)
+        still = len(tokens) - len(tokens) // groups if self.branches == "conditional" else 0  # so many stay as they are
+        pushed = repel(tokens[still:], self.scale, self.iterations, diversity=self.diversity, objective=self.objective,
+                       kernel_reg=self.kernel_reg, solver=self.solver, groups=1 if still else groups)
+        return torch.cat([tokens[:still], pushed]) if still else pushed
 
 
 PRESETS: dict[str, Repulsion] = {  # the settings table of the paper, η where it reports its figures

@@ -93,8 +93,10 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
             length = scale / iterations
         else:
             start = value.detach() if start is None else start
-            goal = start + share * (step + 1) / iterations * (objective(identity / len(identity)) - start)
-            length = step_length(now, d, goal, lambda k: objective(density_matrix(k, reg)))[..., None, None]
+            rise = share * (objective(identity / len(identity)) - start)
+            goal = start + (step + 1) / iterations * rise
+            tolerance = 0 * rise + 1e-9 if step + 1 == iterations else 0.02 * rise / iterations  # on the way: a mark
+            length = step_length(now, d, goal, tolerance, lambda k: objective(density_matrix(k, reg)))[..., None, None]
         mixing = mixing + length * (d @ current)
     return mixing
 
@@ -107,12 +109,12 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
 
 
-def step_length(gram: Tensor, d: Tensor, goal: Tensor, value_of: Objective) -> Tensor:
-    """How far to go along the gradient until H reaches `goal`: gram, d (g, B, B), goal (g,) → (g,), 0 or more.
+def step_length(gram: Tensor, d: Tensor, goal: Tensor, tolerance: Tensor, value_of: Objective) -> Tensor:
+    """How far to go along the gradient until H is `goal`: gram, d (g, B, B); goal, tolerance (g,) → (g,), 0 or more.
 
     H rises along its gradient up to a peak. From a short step, doubled until it is past the goal or the peak, then
-    by false position (Illinois) to 1e-9. Where the peak is below the goal: the last doubled step before it. Where
-    nothing moves, or the goal is behind: 0.
+    by false position (Illinois) to the tolerance. Where the peak is below the goal: the last doubled step before it.
+    Where nothing moves, or the goal is behind: 0.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
 
@@ -130,11 +132,12 @@ def step_length(gram: Tensor, d: Tensor, goal: Tensor, value_of: Objective) -> T
         low, gap_low = torch.where(rising, high, low), torch.where(rising, gap_high, gap_low)
         high = torch.where(rising, 2 * high, high)
         gap_high = gap(high)
-    between = (gap_low < 0) & (gap_high > 0)
+    middle, search = low, (gap_low < 0) & (gap_high > 0)
     for _ in range(50):
-        middle = torch.where(between, low - gap_low * (high - low) / (gap_high - gap_low), low)
-        gap_middle = torch.where(between, gap(middle), 0)
-        if gap_middle.abs().max() < 1e-9:
+        middle = torch.where(search, low - gap_low * (high - low) / (gap_high - gap_low), middle)
+        gap_middle = gap(middle)
+        search = search & (gap_middle.abs() > tolerance)
+        if not search.any():
             break
         above = gap_middle > 0  # the end that stays counts half, so that it cannot stay for ever
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)

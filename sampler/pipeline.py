@@ -17,6 +17,7 @@ from .conditioning import TextEncoders
 from .defaults import Defaults, find_defaults, read_json
 from .guidance import SkipLayerGuidance
 from .kontext import reference_pixels
+from .methods import Method
 from .parts import Part, stream_blocks
 from .schedule import euler, sigmas, starting_noise
 from .sources import find_sources
@@ -102,7 +103,8 @@ class Pipeline:
                  height: int | None = None, width: int | None = None, seed: int = 0, noise: Tensor | None = None,
                  negative_prompt: str | None = None, image: Image.Image | None = None,
                  true_guidance: float | None = None, skip_layer_guidance: SkipLayerGuidance | None = None,
-                 repulsion: Repulsion | None = None, progress: str | None = None) -> list[Image.Image]:
+                 repulsion: Repulsion | None = None, method: Method | None = None,
+                 progress: str | None = None) -> list[Image.Image]:
         """A batch of pictures of one prompt, repelling each other if `repulsion` is given.
 
         steps, guidance, height and width (pixels) default to the checkpoint's. The noise of picture i depends on
@@ -112,46 +114,53 @@ class Pipeline:
         that FLUX.1-Kontext edits, resized as the original does (see `reference_size`); height and width then default
         to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
         (SD3.5-medium). The samples of each branch repel each other, those of the third as well, so that guidance
-        amplifies what sets the branches apart and not the push. `progress` names a progress bar.
+        amplifies what sets the branches apart and not the push. `method` is another way to make them differ, see
+        `sampler.methods`, alone or beside repulsion; one that starts with more candidates than pictures takes as much
+        `noise`. `progress` names a progress bar.
         Raises ValueError, naming the argument, for a call that cannot be right.
         """
+        method = method or Method()  # which acts nowhere
         steps = self.defaults.steps if steps is None else steps
         guidance = self.defaults.guidance if guidance is None else guidance
         self._check(prompt, images, image, skip_layer_guidance)
         weight = self._classifier_free(guidance, true_guidance, negative_prompt, skip_layer_guidance)
+        method.check(guided=weight is not None or self.config.guidance_embedding)
         area = self.defaults.height * self.defaults.width
         pixels = None if image is None else reference_pixels(image, area, self.multiple)
         height, width = self._size(height, width, pixels)
         levels = self.sigmas(steps, height, width)
-        noise = self._noise(seed, images, height, width, noise)
+        noise = self._noise(seed, method.candidates(images), height, width, noise)
 
         # both branches of classifier-free guidance are one batch of two groups, the unconditional one first
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
-        context, pooled = self._encode_prompts(prompts, images)
+        context, pooled = self.text(*prompts)
         reference = None if pixels is None else self._encode_picture(pixels)
-        embedded = noise.new_full((1,), guidance) if self.config.guidance_embedding else None
 
         def predict(x: Tensor, sigma: float, step: int, groups: int, skip_layers: tuple[int, ...] = ()) -> Tensor:
-            n = groups * images  # the last n of the batch: in one group, the conditional branch
+            b, n = len(x), groups * len(x)
+            texts = [repeat(text[-groups:], "g ... -> (g b) ...", b=b) for text in (context, pooled)]
             return self.transformer(
-                repeat(x, "b ... -> (g b) ...", g=groups), x.new_full((n,), sigma), context[-n:], pooled[-n:],
-                None if embedded is None else embedded.expand(n),
+                repeat(x, "b ... -> (g b) ...", g=groups), x.new_full((n,), sigma),
+                *method.condition(*texts, b, sigma, step, seed),
+                x.new_full((n,), method.weight(guidance, sigma)) if self.config.guidance_embedding else None,
                 None if reference is None else reference.expand(n, -1, -1, -1),
                 repulsion if repulsion is not None and step < repulsion.steps else None, groups, skip_layers,
             ).float()
 
         def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
-            if weight is None:
-                return predict(x, sigma, step, groups=1)
-            unconditional, conditional = predict(x, sigma, step, groups=2).chunk(2)
-            v = unconditional + weight * (conditional - unconditional)
+            w = 1 if weight is None else method.weight(weight, sigma)
+            if w == 1:
+                v = conditional = predict(x, sigma, step, groups=1)
+            else:
+                unconditional, conditional = predict(x, sigma, step, groups=2).chunk(2)
+                v = unconditional + w * (conditional - unconditional)
             if skip_layer_guidance is not None and skip_layer_guidance.acts_in(step, steps):
                 skipped = predict(x, sigma, step, groups=1, skip_layers=skip_layer_guidance.layers)
                 v = v + skip_layer_guidance.scale * (conditional - skipped)
-            return v
+            return method.steer(x, v, sigma, levels[step + 1].item(), step)
 
         with self.parts["transformer"].used():
-            latent = euler(velocity, noise, levels, progress)
+            latent = euler(velocity, noise, levels, progress, lambda x, left: method.choose(x, images, left))
         with self.parts["autoencoder"].used() as autoencoder:
             return [to_picture(x) for x in autoencoder.decode(latent.to(self.dtype)).float()]
 
@@ -161,11 +170,6 @@ class Pipeline:
             return sigmas(steps, shift=self.shift, spacing="sd3")
         tokens = (height // self.multiple) * (width // self.multiple)
         return sigmas(steps, image_tokens=tokens) if self.shift is None else sigmas(steps, shift=self.shift)
-
-    def _encode_prompts(self, prompts: list[str], images: int) -> tuple[Tensor, Tensor]:
-        """Context and pooled vector of each prompt, once for each picture: (prompts · images, …)."""
-        context, pooled = self.text(*prompts)
-        return repeat(context, "g n d -> (g i) n d", i=images), repeat(pooled, "g d -> (g i) d", i=images)
 
     def _encode_picture(self, pixels: Tensor) -> Tensor:
         """Kontext's reference (1, 3, H, W) in [-1, 1] as a latent: (1, c, H / 8, W / 8)."""

@@ -40,15 +40,19 @@ def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, s
 
 
 def euler(velocity: Callable[[Tensor, float, int], Tensor], noise: Tensor, sigmas: Tensor,
-          progress: str | None = None) -> Tensor:
+          progress: str | None = None, choose: Callable[[Tensor, int], Tensor | None] | None = None) -> Tensor:
     """Follow the velocity (noise − image) from noise to image: x ← x + (σ_next − σ) v(x, σ, step).
 
     noise (b, c, H, W) at σ = sigmas[0]; sigmas (steps + 1,), falling → (b, c, H, W) at sigmas[-1].
-    `progress` names a progress bar.
+    `progress` names a progress bar. `choose` says after each step which samples go on: the pictures predicted in it,
+    x̂₀ = x − σ v, and the number of steps left → indices, or None for all.
     """
     x, levels = noise, sigmas.tolist()
     for step in tqdm(range(len(levels) - 1), desc=progress, disable=progress is None, leave=False):
-        x = x + (levels[step + 1] - levels[step]) * velocity(x, levels[step], step)
+        v = velocity(x, levels[step], step)
+        kept = None if choose is None else choose(x - levels[step] * v, len(levels) - 2 - step)
+        x = x + (levels[step + 1] - levels[step]) * v
+        x = x if kept is None else x[kept]
     return x
 
 

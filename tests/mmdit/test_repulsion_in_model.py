@@ -96,6 +96,18 @@ def test_two_groups_in_a_batch_are_two_batches(config, tolerance, site):
 
 @pytest.mark.parametrize(("config", "tolerance"), FAMILIES)
 @both_sites
+@pytest.mark.parametrize("tokens", ["context", "image", "scores"])
+def test_the_conditional_branch_alone_is_the_last_group_alone(config, tolerance, site, tokens):
+    model, push, one, other = model_of(config), replace(PUSH, site=site, tokens=tokens), group(), group(seed=10)
+    both = {name: torch.cat([one[name], other[name]]) for name in one}
+    found = model(**both, repulsion=replace(push, branches="conditional"), groups=2)
+    apart = torch.cat([model(**one), model(**other, repulsion=push)])
+    assert difference(found, apart) < tolerance
+    assert difference(found, model(**both, repulsion=push, groups=2)) > 1e-3
+
+
+@pytest.mark.parametrize(("config", "tolerance"), FAMILIES)
+@both_sites
 def test_the_order_of_samples_is_no_matter(config, tolerance, site):
     model, inputs, push = model_of(config), group(samples=4), replace(PUSH, site=site)
     order = torch.tensor([2, 0, 3, 1])
@@ -161,7 +173,7 @@ def test_the_asked_tokens_of_the_asked_blocks_are_pushed(config, settings, pushe
     for call in calls:
         found.append([]) if call is None else found[-1].append(call[0].shape[1])
     assert found == [[] if count is N else [count] for count in pushed]
-    wanted = (20.0, 2, {"objective": "rke", "kernel_reg": 1e-3, "solver": "autograd", "groups": 1})
+    wanted = (20.0, 2, {"diversity": None, "objective": "rke", "kernel_reg": 1e-3, "solver": "autograd", "groups": 1})
     assert all(call[2] == wanted for call in calls if call)
 
 

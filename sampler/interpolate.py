@@ -1,0 +1,198 @@
+"""`python -m sampler.interpolate PROMPT`: from one seed's picture to another's, in the contextual space and in latents.
+
+Contextual repulsion, Eq. 5: keep the source's noise and replace its representation h by h_src + α (h_tgt − h_src), α
+from below 0 to above 1. In the contextual space the picture changes its meaning and stays sharp, the paper finds; in
+latent space it becomes a double exposure.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from repulsion import Repulsion
+from weights.tiny.world import COLOR_RGB, GROUND_RGB, SHADE
+
+from . import output
+from .methods import Method
+from .options import blocks
+from .pipeline import Pipeline
+from .report import to_pixels
+from .schedule import starting_noise
+
+ALPHAS = tuple(i / 4 for i in range(-2, 7))  # −0.5 … 1.5
+
+
+def between(h: Tensor, alphas: tuple[float, ...], groups: int = 1) -> Tensor:
+    """The first of each group become h_src + α (h_tgt − h_src), the two last are h_src and h_tgt and stay.
+
+    h (groups · (alphas + 2), …) → the same shape; α = 0 and 1 give h_src and h_tgt to the bit.
+    """
+    *copies, source, target = h.unflatten(0, (groups, len(alphas) + 2)).unbind(1)
+    moved = [torch.lerp(source, target, alpha) for alpha, _ in zip(alphas, copies, strict=True)]
+    return torch.stack([*moved, source, target], dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class ContextInterpolation:
+    """Eq. 5 in the contextual space; it stands where a `Repulsion` stands, for alphas + 2 images.
+
+    All samples start from the source's noise but the last, which starts from the target's. h is the text half of what
+    the joint attention returns (in a single-stream block: its context tokens); h_src and h_tgt are what the two last
+    samples, whom nobody changes, have there.
+
+    alphas: one for each sample but the two last
+    where: the steps, blocks and site; nothing else of it matters
+    """
+
+    alphas: tuple[float, ...]
+    where: Repulsion
+    tokens = "context"
+
+    @property
+    def steps(self) -> int:
+        return self.where.steps
+
+    def acts_in(self, block: int, num_blocks: int) -> bool:
+        return self.where.acts_in(block, num_blocks)
+
+    def check_blocks(self, num_blocks: int) -> None:
+        self.where.check_blocks(num_blocks)
+
+    def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
+        if site == self.where.site and context is not None:
+            context = between(context, self.alphas, groups)
+        return context, image
+
+    def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
+        if site != self.where.site:
+            return tokens
+        return torch.cat([between(tokens[:, :num_context], self.alphas, groups), tokens[:, num_context:]], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentInterpolation(Method):
+    """Eq. 5 in latent space, for alphas + 2 images that start from `between` of both noises.
+
+    In the first `steps` the samples follow `between` of both velocities, and so stay on the line between both latents.
+    """
+
+    alphas: tuple[float, ...]
+    steps: int
+
+    def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
+        return between(velocity, self.alphas) if step < self.steps else velocity
+
+
+def interpolate(pipeline: Pipeline, prompt: str, source_seed: int, target_seed: int, alphas: tuple[float, ...],
+                where: Repulsion, steps: int | None = None) -> dict[str, list[Image.Image]]:
+    """A row of pictures, one for each α, through either space, both changed in the same denoising steps."""
+    size = pipeline.defaults.height // pipeline.downscale, pipeline.defaults.width // pipeline.downscale
+    source, target = (starting_noise(seed, 1, (pipeline.config.latent_channels, *size))
+                      for seed in (source_seed, target_seed))
+    noise = torch.cat([source.expand(len(alphas) + 1, -1, -1, -1), target])
+    count, line = len(noise), LatentInterpolation(alphas=alphas, steps=where.steps)
+    contextual = pipeline(prompt, count, steps=steps, noise=noise, repulsion=ContextInterpolation(alphas, where),
+                          progress="contextual space")
+    latent = pipeline(prompt, count, steps=steps, noise=between(noise, alphas), method=line, progress="latent space")
+    return {"contextual space": contextual[:-2], "latent space": latent[:-2]}
+
+
+def blur(pictures: list[Image.Image]) -> list[float]:
+    """Distance of a pixel to the nearest color of the tiny world, mean over each picture, in levels of 0 to 255.
+
+    The world's colors are those of its things and, of each ground, the plain one and its two shades. Its renderer mixes
+    colors at outlines alone; a double exposure, or a picture out of focus, mixes them everywhere.
+    """
+    shades = (GROUND_RGB[:, None] + torch.tensor([-SHADE, 0, SHADE])[:, None]).clamp(0, 1).flatten(0, 1)
+    pixels = (to_pixels(pictures) + 1).flatten(2).mT * 127.5
+    return torch.cdist(pixels, 255 * torch.cat([COLOR_RGB, shades])).amin(-1).mean(-1).tolist()
+
+
+def strip(rows: dict[str, list[Image.Image]], alphas: tuple[float, ...], title: str) -> Image.Image:
+    """The rows below each other, labeled with their names and the alphas."""
+    sheet = output.grid([picture for row in rows.values() for picture in row], columns=len(alphas))
+    size = max(15, sheet.height // 20)
+    font, margin, top = ImageFont.load_default(size), 10 * size, 4 * size
+    picture = Image.new("RGB", (margin + sheet.width, top + sheet.height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((output.GAP, output.GAP), output.fit(title, font, picture.width - 16), fill="black", font=font)
+    picture.paste(sheet, (margin, top))
+    width, height = (sheet.width - output.GAP) / len(alphas), (sheet.height - output.GAP) / len(rows)
+    for i, alpha in enumerate(alphas):
+        place = margin + output.GAP / 2 + (i + 0.5) * width, top
+        draw.text(place, f"{alpha:g}", fill=(90, 90, 90), font=font, anchor="mb")
+    for i, name in enumerate(rows):
+        place = margin - output.GAP, top + output.GAP / 2 + (i + 0.5) * height
+        draw.text(place, name, fill=(90, 90, 90), font=font, anchor="rm")
+    return picture
+
+
+def table(rows: dict[str, list[float]], alphas: tuple[float, ...]) -> str:
+    """The blur of each picture as lines of text, and its mean where 0 < α < 1 and where α < 0 or α > 1."""
+    inside, outside = [0 < a < 1 for a in alphas], [not 0 <= a <= 1 for a in alphas]
+    lines = ["blur".ljust(18) + "".join(f"{alpha:7g}" for alpha in alphas) + "  between   beyond"]
+    for name, values in rows.items():
+        means = [sum(v for v, counts in zip(values, which, strict=True) if counts) / max(1, sum(which))
+                 for which in (inside, outside)]
+        lines.append(name.ljust(18) + "".join(f"{v:7.2f}" for v in values) + f"{means[0]:9.2f}{means[1]:9.2f}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m sampler.interpolate", description=__doc__.partition("\n")[0])
+    p.add_argument("prompt", help="what the pictures should show")
+    p.add_argument("--source-seed", type=int, default=0, metavar="A", help="whose noise is kept (default: 0)")
+    p.add_argument("--target-seed", type=int, default=1, metavar="B", help="whose picture is led to (default: 1)")
+    p.add_argument("--model", metavar="PATH", help="as of python -m sampler (default: tiny-sd3)")
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--first", type=int, metavar="N", help="interpolate in that many of the first steps (default: all)")
+    p.add_argument("--blocks", type=blocks, default="all", help="all, first, middle, last (thirds), or indices")
+    p.add_argument("--site", choices=["attention", "block"], default="attention", help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, help="folder for the files (default: outputs/interpolate-<prompt>)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    return p
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        output.refuse_existing(args.out, args.overwrite)
+    pipeline = Pipeline.load(args.model)
+    steps = pipeline.defaults.steps if args.steps is None else args.steps
+    where = Repulsion(0.0, steps=steps if args.first is None else args.first, blocks=args.blocks, site=args.site)
+    rows = interpolate(pipeline, args.prompt, args.source_seed, args.target_seed, ALPHAS, where, steps)
+    about = {"prompt": args.prompt, "model": args.model or "tiny-sd3", "source_seed": args.source_seed,
+             "target_seed": args.target_seed, "alphas": ALPHAS, "steps": steps, "first": where.steps,
+             "blocks": where.blocks, "site": where.site}
+    blurs = {name: blur(row) for name, row in rows.items()} if pipeline.defaults.world == "tiny" else None
+    slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
+    target = args.out or output.free_folder(Path("outputs") / f"interpolate-{slug}")
+    with output.whole_folder(target, args.overwrite) as folder:
+        title = f"“{args.prompt}”, from seed {args.source_seed} (0) to seed {args.target_seed} (1)"
+        output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
+        summary = json.dumps({**about, "blur": blurs}, indent=2, ensure_ascii=False)
+        (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    if blurs is not None:
+        print(table(blurs, ALPHAS))
+    print(f"written to {target}")
+
+
+def main() -> int:
+    """Exit codes: 0; 2 for a call that cannot be right, with one line that says why."""
+    args = parser().parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Interval guidance: none at high noise, where it decides what is in the picture.
+
+Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
+Models", arXiv:2404.07724.
+"""
+
+from dataclasses import dataclass
+
+from .method import Method
+
+
+@dataclass(frozen=True)
+class IntervalGuidance(Method):
+    """The guidance's weight where low < σ ≤ 1 − strength, and 1, the prompt alone, everywhere else.
+
+    It holds for classifier-free guidance, whose second branch is then left out, and for guidance that a model was
+    distilled with. Raises ValueError in a call without either.
+
+    strength: the share of the noise levels, from σ = 1 down, that goes without guidance; 0 to 1
+    low: the noise level at which guidance ends, 0 to 1
+    """
+
+    strength: float = 0.3
+    low: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strength > 1:
+            raise ValueError(f"IntervalGuidance's strength must be a number from 0 to 1, got {self.strength}")
+        if not 0 <= self.low <= 1:
+            raise ValueError(f"IntervalGuidance's low must be a noise level from 0 to 1, got {self.low}")
+
+    def check(self, guided: bool) -> None:
+        if not guided:
+            raise ValueError("IntervalGuidance needs guidance to limit: a guidance above 1, with FLUX.1-schnell a "
+                             "true_guidance above 1")
+
+    def weight(self, weight: float, sigma: float) -> float:
+        return weight if self.low < sigma <= 1 - self.strength else 1.0

@@ -1,0 +1,134 @@
+"""The options of `python -m sampler`, and what they ask for."""
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from repulsion import Repulsion
+
+from .guidance import SkipLayerGuidance
+from .methods import METHODS, Method
+
+DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
+EPILOG = """\
+How it works: inside every joint attention of the model the text tokens of each sample have read from that sample's
+image. In the first --repel-steps denoising steps they are pushed apart, by --scale and in --iterations small steps,
+along the gradient of the batch's entropy. The prompt stays what it is; the pictures start to differ.
+
+examples:
+  python -m sampler "a circle"
+  python -m sampler "a star and a square" --images 4 --seed 7 --diversity 0.2
+  python -m sampler "a small green ring on the left" --blocks middle --site block
+  python -m sampler "a circle" --method cads --strength 0.5
+  python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
+  python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
+
+The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
+Too alike? Raise --diversity. No longer what the prompt says? Lower it, or repel in fewer steps or blocks."""
+
+
+def blocks(text: str) -> str | tuple[int, ...]:
+    """ "all", "first", "middle", "last", or indices as in 0-3,7."""
+    return text if text in ("all", "first", "middle", "last") else indices(text, "all, first, middle, last or ")
+
+
+def indices(text: str, other: str = "") -> tuple[int, ...]:
+    """Indices as in 0-3,7."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {other}a list such as 0-3,7")
+    ranges = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    return tuple(i for r in ranges for i in range(r[0], r[-1] + 1))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m sampler", description=DESCRIPTION, epilog=EPILOG,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("prompt", help="what the pictures should show")
+    p.add_argument("--model", metavar="PATH", help="an embedded checkpoint, a folder (the hub's or of original "
+                   "files), an original or merged file, or a name on the hub (default: tiny-sd3)")
+    p.add_argument("--images", type=int, default=8, help="pictures in the batch (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="how strongly the prompt rules (default: the checkpoint's)")
+    p.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from (default: nothing)")
+    p.add_argument("--height", type=int, help="pixels (default: the checkpoint's; with --image about that picture's)")
+    p.add_argument("--width", type=int, help="pixels (likewise)")
+    p.add_argument("--image", type=Path, metavar="FILE", help="the picture to edit (FLUX.1-Kontext)")
+    p.add_argument("--true-guidance", type=float, metavar="W",
+                   help="FLUX.1: lead away from --negative this strongly, in twice the time")
+    p.add_argument("--skip-layers", type=indices, metavar="LIST",
+                   help="SD3.5-medium: lead away from what it paints without these blocks, usually 7-9")
+    p.add_argument("--skip-scale", type=float, metavar="S", help="how strongly (default: 2.8)")
+    r = p.add_argument_group("repulsion (defaults: the checkpoint's)")
+    r.add_argument("--diversity", type=float, metavar="D", help="how much more diverse each push makes the tokens: the "
+                   "share, 0 to 1, of what their entropy lacks to its highest")
+    r.add_argument("--scale", type=float, help="η, instead: the strength of the push; its unit differs between models")
+    r.add_argument("--iterations", type=int, help="M, the small steps that one push is made of")
+    r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
+    r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
+    r.add_argument("--site", choices=["attention", "block"], help="push what the attention or what the block returns")
+    r.add_argument("--tokens", choices=["context", "image", "scores"], help="what is pushed: text tokens, "
+                   "image tokens, or the attention's scores")
+    r.add_argument("--branches", choices=["all", "conditional"], help="of classifier-free guidance: push both, or the "
+                   "one that reads the prompt")
+    d = p.add_argument_group("other ways to make a batch diverse (see sampler/methods, and --guidance)")
+    d.add_argument("--method", choices=METHODS, help="instead of repulsion; beside it, if an option of it is given")
+    d.add_argument("--strength", type=float, metavar="S", help="of the method, 0: none (default: the method's)")
+    m = p.add_argument_group("where --model does not hold everything, or memory is short")
+    m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
+    m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
+    m.add_argument("--text-encoders", metavar="PATH", nargs="+", help="likewise, such as clip_l.safetensors and t5xxl…")
+    m.add_argument("--tokenizers", metavar="PATH", nargs="+",
+                   help="the folder that holds tokenizer, tokenizer_2, …, or a path for each text encoder")
+    m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; moreover, the "
+                   "transformer's blocks visit the GPU one by one")
+    m.add_argument("--keep-float8", action="store_true", help="keep matrices stored in float8 so, in half the memory")
+    o = p.add_argument_group("output")
+    o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
+    o.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    o.add_argument("--no-compare", action="store_true", help="without the typical batch, in half the time")
+    o.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32, on a GPU bfloat16)")
+    o.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
+    return p
+
+
+def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
+    """The checkpoint's repulsion, with what the command line says instead; None beside a method if it says nothing."""
+    said = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
+            "site": args.site, "tokens": args.tokens, "branches": args.branches}
+    said = {name: value for name, value in said.items() if value is not None}
+    if args.method is not None and not said and args.diversity is None:
+        return None
+    if args.diversity is not None:
+        said |= {"scale": args.scale, "diversity": args.diversity}
+    if default is None:
+        if args.scale is None and args.diversity is None:
+            raise ValueError(f"{name_of(args)} has no default repulsion: say --diversity, for example 0.1")
+        return Repulsion(**said)
+    if args.scale is not None:
+        said["diversity"] = args.diversity
+    return replace(default, **said)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    return args.model or args.transformer or "tiny-sd3"
+
+
+def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
+    """What --skip-layers and --skip-scale ask for."""
+    if args.skip_layers is None:
+        if args.skip_scale is not None:
+            raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
+        return None
+    scale = {} if args.skip_scale is None else {"scale": args.skip_scale}
+    return SkipLayerGuidance(args.skip_layers, **scale)
+
+
+def method(args: argparse.Namespace) -> Method | None:
+    """What --method and --strength ask for."""
+    if args.method is None:
+        if args.strength is not None:
+            raise ValueError(f"--strength needs a --method: {', '.join(METHODS)}")
+        return None
+    return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
