@@ -8,11 +8,11 @@ and last the T5 encoder together with the MMDiT, by flow matching. About 75 minu
 import argparse
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,36 +30,16 @@ from mmdit import (
 )
 
 from ..load import load_autoencoder, load_text_encoder, load_transformer
-from .captions import describe
-from .export import export
-from .loop import batches, chunks, save_whole, train
+from .data import LENGTH, SHIFT, Data, encode, noised
+from .export import export_sd3
+from .loop import batches, train
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
-from .world import Scene, forget, render, sample_scene
 
-LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
-SHIFT = 2.0  # of the noise schedule, in training and in sampling
 AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
                           pooled_dim=32, position="table", position_table_size=16)
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "tiny",
             "repulsion": {"scale": 4e6, "iterations": 10, "steps": 5, "blocks": "first"}}
-
-
-@dataclass
-class Data:
-    """The training set: complete scenes, and what each picture is drawn with."""
-
-    scenes: list[Scene]
-    seed: int
-
-    def captions(self, rows: Tensor, step: int) -> list[str]:
-        """What is said of these scenes at this step: attributes left out at random, one in ten says nothing."""
-        rng = random.Random(f"{self.seed} captions {step}")
-        told = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
-        return ["" if rng.random() < 0.1 else caption for caption in told]
-
-    def pictures(self, rows: Tensor, seed: int) -> Tensor:
-        return render([self.scenes[row] for row in rows.tolist()], seed)
 
 
 def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, T5Tokenizer]:
@@ -89,30 +69,6 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
 
     train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, ema=0.99, device=device)
     return model.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def encode(model: Autoencoder, data: Data, folder: Path, device: str) -> Tensor:
-    """All pictures as posterior means, then normalized to mean 0 and deviation 1: (count, c, H/4, W/4) float16.
-
-    The two numbers of the normalization go into the autoencoder's config, as in the public checkpoints.
-    """
-    file, found = folder / "latents.pt", []
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        model.config = replace(AUTOENCODER, shift=saved["shift"], scaling=saved["scaling"])
-        return saved["latents"]
-    for part in chunks(len(data.scenes), 64):
-        rows = torch.arange(part.start, part.stop)
-        picture = data.pictures(rows, 10**6 + part.start).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            found.append(model.posterior(picture)[0].float().cpu())
-    latents = torch.cat(found)
-    shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
-    latents = ((latents - shift) * scaling).half()
-    save_whole({"latents": latents, "shift": shift, "scaling": scaling}, file)
-    model.config = replace(AUTOENCODER, shift=shift, scaling=scaling)
-    return latents
 
 
 class ImageTower(nn.Module):
@@ -177,8 +133,8 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, device: str) -> None:
-    """Flow matching: at σ the latent is (1 − σ) x₀ + σ ε, and the model learns the velocity ε − x₀.
+                      steps: int, lr: float, device: str) -> None:
+    """Flow matching: the model learns the velocity of noised latents (`noised`).
 
     T5 learns along. One caption in ten is empty, for guidance; in half of the others the pooled vector is the empty
     caption's, for the same reason that SD3 drops its encoders one by one: no path may carry the prompt alone.
@@ -191,10 +147,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
         captions = data.captions(rows, step)
-        image = latents[rows].float().to(device)
-        noise = torch.randn(image.shape).to(device)
-        sigma = torch.randn(len(rows)).sigmoid()
-        sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).to(device)
+        noisy, sigma, velocity = noised(latents[rows].float().to(device))
         with torch.no_grad():
             outputs = [c(t(captions).to(device)) for c, t in zip(clips, tokenizers, strict=False)]
         states = torch.cat([o.penultimate for o in outputs], dim=-1)
@@ -202,12 +155,10 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
         context = torch.cat([states, t5(tokenizers[2](captions).to(device))], dim=1)
         pooled = torch.cat([o.pooled for o in outputs], dim=-1)
         pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
-        level = rearrange(sigma, "b -> b 1 1 1")
-        velocity = model((1 - level) * image + level * noise, sigma, context, pooled)
-        return F.mse_loss(velocity.float(), noise - image)
+        return F.mse_loss(model(noisy, sigma, context, pooled).float(), velocity)
 
     parts = {"t5": t5, "transformer": model}
-    train("transformer", parts, loss_at, steps, folder, lr=2e-3, muon_lr=0.02, ema=0.998, device=device)
+    train("transformer", parts, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
     t5.eval(), model.eval()
 
 
@@ -223,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; a stopped run goes on")
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
+    parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
@@ -234,8 +186,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    data = Data([sample_scene(rng) for _ in range(args.scenes)], args.seed)
+    data = Data.sample(args.scenes, args.seed)
     if args.start:
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             shutil.copytree(args.start / name, args.out / name, dirs_exist_ok=True)
@@ -250,9 +201,11 @@ def main() -> None:
         autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
-    latents = encode(autoencoder, data, args.out, args.device)
-    train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.device)
-    export(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
+    latents, shift, scaling = encode(autoencoder, data, args.out, args.device)
+    autoencoder.config = replace(autoencoder.config, shift=shift, scaling=scaling)
+    train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
+                      args.device)
+    export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
 

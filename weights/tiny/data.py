@@ -1,0 +1,74 @@
+"""What every tiny checkpoint is trained on: scenes of the tiny world, their captions, and their pictures as latents."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mmdit import Autoencoder
+
+from .captions import describe
+from .loop import chunks, save_whole
+from .world import Scene, forget, render, sample_scene
+
+LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
+SHIFT = 2.0  # of the noise schedule in training
+
+
+@dataclass
+class Data:
+    """The training set: complete scenes, and what each picture is drawn with."""
+
+    scenes: list[Scene]
+    seed: int
+
+    @classmethod
+    def sample(cls, count: int, seed: int) -> "Data":
+        rng = random.Random(seed)
+        return cls([sample_scene(rng) for _ in range(count)], seed)
+
+    def captions(self, rows: Tensor, step: int) -> list[str]:
+        """What is said of these scenes at this step: attributes left out at random, one in ten says nothing."""
+        rng = random.Random(f"{self.seed} captions {step}")
+        told = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
+        return ["" if rng.random() < 0.1 else caption for caption in told]
+
+    def pictures(self, rows: Tensor, seed: int) -> Tensor:
+        return render([self.scenes[row] for row in rows.tolist()], seed)
+
+
+@torch.no_grad()
+def encode(model: Autoencoder, data: Data, folder: Path, device: str) -> tuple[Tensor, float, float]:
+    """All pictures as posterior means, normalized to mean 0 and deviation 1: (count, c, H / 4, W / 4) float16.
+
+    With them the shift and scaling of the normalization, which go into the autoencoder's config. Kept in a file.
+    """
+    file, found = folder / "latents.pt", []
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        return saved["latents"], saved["shift"], saved["scaling"]
+    for part in chunks(len(data.scenes), 64):
+        rows = torch.arange(part.start, part.stop)
+        picture = data.pictures(rows, 10**6 + part.start).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            found.append(model.posterior(picture)[0].float().cpu())
+    latents = torch.cat(found)
+    shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
+    latents = ((latents - shift) * scaling).half()
+    save_whole({"latents": latents, "shift": shift, "scaling": scaling}, file)
+    return latents, shift, scaling
+
+
+def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow matching's example: x = (1 − σ) x₀ + σ ε, its σ (b,), and the velocity ε − x₀ to be learned.
+
+    image x₀ (b, c, H, W). σ is the logistic function of a normal number (SD3 section 3.1), shifted by SHIFT.
+    """
+    noise = torch.randn(image.shape).to(image)
+    sigma = torch.randn(len(image)).sigmoid()
+    sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).to(image)
+    level = rearrange(sigma, "b -> b 1 1 1")
+    return (1 - level) * image + level * noise, sigma, noise - image
