@@ -77,14 +77,18 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     off_diagonal = 1 - identity
-    mixing, start = torch.zeros_like(gram), None
+    mixing, start, highest = torch.zeros_like(gram), None, objective(identity / len(identity))
+
+    def value_of(kernel: Tensor) -> Tensor:
+        return objective(density_matrix(kernel, reg))
+
     for step in range(iterations):
         current = identity + mixing
         now = current @ gram @ current.mT
         kernel, r = cosines(now)
         kernel.requires_grad_()
         with torch.enable_grad():
-            value = objective(density_matrix(kernel, reg))
+            value = value_of(kernel)
             (w,) = torch.autograd.grad(value.sum(), kernel)
         w = w * off_diagonal * (kernel < 1 - SAME)
         outer = r[..., :, None] * r[..., None, :]
@@ -92,11 +96,12 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
         if share is None:
             length = scale / iterations
         else:
-            start = value.detach() if start is None else start
-            rise = share * (objective(identity / len(identity)) - start)
+            value = value.detach()
+            start = value if start is None else start
+            rise = share * (highest - start)
             goal = start + (step + 1) / iterations * rise
             tolerance = 0 * rise + 1e-9 if step + 1 == iterations else 0.02 * rise / iterations  # on the way: a mark
-            length = step_length(now, d, goal, tolerance, lambda k: objective(density_matrix(k, reg)))[..., None, None]
+            length = step_length(now, d, value, goal, tolerance, value_of)[..., None, None]
         mixing = mixing + length * (d @ current)
     return mixing
 
@@ -109,8 +114,8 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
 
 
-def step_length(gram: Tensor, d: Tensor, goal: Tensor, tolerance: Tensor, value_of: Objective) -> Tensor:
-    """How far to go along the gradient until H is `goal`: gram, d (g, B, B); goal, tolerance (g,) → (g,), 0 or more.
+def step_length(gram: Tensor, d: Tensor, value: Tensor, goal: Tensor, tolerance: Tensor, value_of: Objective) -> Tensor:
+    """How far to go along the gradient from H = value to goal: gram, d (g, B, B), the others (g,) → (g,), 0 or more.
 
     H rises along its gradient up to a peak. From a short step, doubled until it is past the goal or the peak, then
     by false position (Illinois) to the tolerance. Where the peak is below the goal: the last doubled step before it.
@@ -124,23 +129,24 @@ def step_length(gram: Tensor, d: Tensor, goal: Tensor, tolerance: Tensor, value_
 
     speed = d.abs().sum(-1).amax(-1)
     low = torch.zeros_like(speed)
-    gap_low = gap(low)
+    gap_low = value - goal
     rising = (speed > 0) & (gap_low < 0)
-    high = torch.where(rising, 0.25 / torch.where(speed > 0, speed, 1), 0)
+    high = torch.where(rising, 0.5 / torch.where(speed > 0, speed, 1), 0)
     gap_high = gap(high)
     while (rising := rising & (gap_high < 0) & (gap_high > gap_low)).any():
         low, gap_low = torch.where(rising, high, low), torch.where(rising, gap_high, gap_low)
         high = torch.where(rising, 2 * high, high)
         gap_high = gap(high)
-    middle, search = low, (gap_low < 0) & (gap_high > 0)
+    middle, search, was_above = low, (gap_low < 0) & (gap_high > 0), torch.zeros_like(rising)
     for _ in range(50):
         middle = torch.where(search, low - gap_low * (high - low) / (gap_high - gap_low), middle)
         gap_middle = gap(middle)
         search = search & (gap_middle.abs() > tolerance)
         if not search.any():
             break
-        above = gap_middle > 0  # the end that stays counts half, so that it cannot stay for ever
+        above = gap_middle > 0
+        less = torch.where(above == was_above, 0.5, 1.0)  # an end that stays twice counts half, or it might for ever
         high, low = torch.where(above, middle, high), torch.where(above, low, middle)
-        gap_high = torch.where(above, gap_middle, gap_high / 2)
-        gap_low = torch.where(above, gap_low / 2, gap_middle)
+        gap_high = torch.where(above, gap_middle, less * gap_high)
+        gap_low, was_above = torch.where(above, less * gap_low, gap_middle), above
     return middle
