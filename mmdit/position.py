@@ -36,6 +36,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def sincos_table(size: int, width: int) -> Tensor:
     """A size × size table of sin/cos positions, columns in the first half of the width, rows in the second:
     (1, size², width). What SD3 starts from; a checkpoint brings its own."""
+    if torch.get_default_device().type == "meta":  # names and shapes alone; arithmetic there takes a second to set up
+        return torch.empty(1, size * size, width)
     frequencies = 10_000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(size)[:, None] * frequencies
     features = torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,15 +1,14 @@
 """safetensors files: what is in them, by the header alone, and reading one tensor at a time.
 
 The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other. The
-header is read here rather than by the library, so that an error names the tensor, and the numbers are copied rather
-than mapped, so that a loaded model is held once and does not depend on its file any more.
+header is read here rather than by the library, so that an error names the tensor, and the numbers are read to where
+they stay rather than mapped, so that a loaded model is held once and does not depend on its file any more.
 """
 
+import ctypes
 import json
-import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -26,6 +25,7 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4,
          "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
 LONGEST_HEADER = 100_000_000  # the library's limit
+PIECE = 1 << 22  # numbers read at a time that do not go straight to their place
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 IMPOSTORS = {  # first bytes of what is often found under the name of a safetensors file
     b"PK\x03\x04": "a pickle of PyTorch, which can run any code when opened: use the .safetensors release",
@@ -173,42 +173,64 @@ def attach_scales(entries: dict[str, Entry]) -> dict[str, Entry]:
     return found
 
 
-@contextmanager
-def stored_numbers(entry: Entry) -> Iterator[Tensor]:
-    """The tensor as it is stored, on the CPU, over the file's own pages: valid within the `with` block alone."""
-    if entry.dtype not in DTYPES:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
-                              f"{', '.join(DTYPES)}: use another release of the model")
-    if not entry.nbytes:
-        yield torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        return
-    skip = entry.start % mmap.ALLOCATIONGRANULARITY
-    with entry.file.open("rb") as opened:
-        if os.fstat(opened.fileno()).st_size < entry.start + entry.nbytes:
-            raise CheckpointError(f"{entry.file} has become shorter since it was opened: load it again")
-        pages = mmap.mmap(opened.fileno(), skip + entry.nbytes, access=mmap.ACCESS_COPY, offset=entry.start - skip)
-    flat = torch.frombuffer(pages, dtype=DTYPES[entry.dtype], count=prod(entry.shape), offset=skip)
-    yield flat.view(entry.shape)
+def stored_pieces(entry: Entry, count: int) -> Iterator[Tensor]:
+    """The numbers as they are stored, flat and in order, on the CPU, at most `count` at a time: each piece is valid
+    until the next is asked for. Raises CheckpointError where a file has changed since its header was read."""
+    total = prod(entry.shape)
+    room = torch.empty(min(count, total), dtype=_dtype_of(entry))
+    with entry.file.open("rb", buffering=0) as opened:
+        opened.seek(entry.start)
+        for start in range(0, total, count):
+            piece = room[: total - start]
+            _read_bytes(opened, piece)
+            yield piece
 
 
 def read_into(target: Tensor, entry: Entry) -> None:
-    """Fill `target` with the stored numbers, in its own dtype and on its own device; a scale is multiplied in."""
-    with stored_numbers(entry) as stored:
-        if entry.scale is None:
-            target.copy_(stored)
-        else:
-            target.copy_(stored.float().mul_(read_scale(entry)))
+    """Fill `target`, contiguous, with the stored numbers, in its own dtype and on its own device; a scale is
+    multiplied in. What needs no change is read straight to its place."""
+    flat = target.view(-1)
+    if entry.scale is None and target.dtype == _dtype_of(entry) and target.device.type == "cpu":
+        with entry.file.open("rb", buffering=0) as opened:
+            opened.seek(entry.start)
+            _read_bytes(opened, flat)
+        return
+    row = max(1, prod(entry.shape[1:]))
+    scale = None if entry.scale is None else read_scale(entry)
+    start = 0
+    for piece in stored_pieces(entry, max(1, PIECE // row) * row):
+        if scale is not None:
+            rows = scale[start // row : (start + len(piece)) // row]
+            piece = (piece.float().view(-1, row) * rows).view(-1)
+        flat[start : start + len(piece)] = piece
+        start += len(piece)
 
 
 def read_scale(entry: Entry) -> Tensor:
-    """A float8 tensor's scale in float32, () or (rows, 1, …)."""
-    with stored_numbers(entry.scale) as scale:
-        scale = scale.float()
-        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *[1] * (len(entry.shape) - 1))
+    """A float8 tensor's scale in float32, one for each of its rows: (rows, 1)."""
+    rows = entry.shape[0] if entry.shape else 1
+    return read_tensor(entry.scale, torch.float32).reshape(-1, 1).expand(rows, 1)
 
 
 def read_tensor(entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
     """A copy on the CPU, in the stored dtype where `dtype` is None."""
-    target = torch.empty(entry.shape, dtype=dtype or DTYPES.get(entry.dtype))
+    target = torch.empty(entry.shape, dtype=dtype or _dtype_of(entry))
     read_into(target, entry)
     return target
+
+
+def _dtype_of(entry: Entry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
+                              f"{', '.join(DTYPES)}: use another release of the model")
+    return DTYPES[entry.dtype]
+
+
+def _read_bytes(opened: BinaryIO, flat: Tensor) -> None:
+    """The file's next bytes become those of `flat`, which is contiguous and on the CPU."""
+    room = memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B") if flat.nbytes else b""
+    while room:
+        got = opened.readinto(room)
+        if not got:
+            raise CheckpointError(f"{opened.name} has become shorter since it was opened: load it again")
+        room = room[got:]

@@ -1,6 +1,7 @@
 """A module on the meta device gets its numbers, one parameter at a time, each read straight to where it stays."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
 
@@ -14,6 +15,7 @@ from .files import DTYPES, FLOAT8, Entry, read_into, read_scale, read_tensor
 from .names import SAME, Layout, Sizes
 
 Stored = Mapping[str, Entry]  # under the layout's names
+THREADS = 4  # that read at once
 
 
 def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored) -> None:
@@ -37,15 +39,13 @@ def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored, dtype:
 
     `dtype` None keeps what is stored, but for float8 outside of `Float8Linear`, which becomes bfloat16.
     """
-    state = {}
-    for name, empty in model.state_dict().items():
+    def read(name: str, empty: Tensor) -> Tensor:
         module = model.get_submodule(name.rpartition(".")[0])
         kept = isinstance(module, Float8Linear) and not name.endswith(".bias")  # a matrix in float8, or its scale
         theirs, transform = layout.find(name.replace(".scale", ".weight") if kept else name, sizes)
         parts = [entries[n] for n in theirs]
         if kept and name.endswith(".scale"):
-            state[name] = transform.read(_scale(parts), sizes.patch).to(device)
-            continue
+            return transform.read(_scale(parts), sizes.patch).to(device)
         if kept:
             parts = [replace(part, scale=None) for part in parts]
         target = torch.empty(empty.shape, device=device, dtype=empty.dtype if kept else dtype or _stored_dtype(parts))
@@ -56,8 +56,12 @@ def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored, dtype:
             as_stored = all(DTYPES[part.dtype] == target.dtype for part in parts)
             wide = target.dtype if as_stored else torch.promote_types(target.dtype, torch.float32)
             target.copy_(transform.read(torch.cat([read_tensor(part, wide) for part in parts]), sizes.patch))
-        state[name] = target
-    model.load_state_dict(state, assign=True)
+        return target
+
+    state = model.state_dict()
+    with ThreadPoolExecutor(THREADS) as threads:  # memory that is touched for the first time is slow: share the work
+        found = threads.map(read, state.keys(), state.values())
+        model.load_state_dict(dict(zip(state, found, strict=True)), assign=True)
 
 
 def _stored_dtype(parts: list[Entry]) -> torch.dtype:
@@ -68,5 +72,4 @@ def _stored_dtype(parts: list[Entry]) -> torch.dtype:
 
 def _scale(parts: list[Entry]) -> Tensor:
     """One scale for each row of a fused matrix: (rows, 1) float32."""
-    scales = [read_scale(part) if part.scale else torch.ones(()) for part in parts]
-    return torch.cat([scale.expand(part.shape[0], 1) for scale, part in zip(scales, parts, strict=True)])
+    return torch.cat([read_scale(part) if part.scale else torch.ones(part.shape[0], 1) for part in parts])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mmdit import PRESETS
 
-from .files import DTYPES, PICKLES, stored_numbers
+from .files import DTYPES, PICKLES, PIECE, stored_pieces
 from .hub import resolve
 from .kinds import FLUX, SD3, Part, find_parts, foreign
 from .locate import STEMS, find_weights, list_tensors, read_json
@@ -47,8 +47,6 @@ NEEDS = {
     ],
 }
 OPTIONAL = {"FLUX.1": (), "SD3": ("t5", "tokenizer_3")}
-
-CHUNK = 2**22  # numbers that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -248,10 +246,8 @@ def _not_finite(found: list[Found], root: Path, progress: str | None) -> tuple[s
     with tqdm(total=sum(entry.nbytes for entry in entries), unit="B", unit_scale=True, desc=progress,
               disable=progress is None) as bar:
         for entry in sorted(entries, key=lambda entry: (entry.file, entry.start)):
-            with stored_numbers(entry) as numbers:
-                pieces = (piece for piece in numbers.flatten().split(CHUNK) if piece.numel())
-                if not all(_is_finite(piece) for piece in pieces):
-                    bad.append(f"{entry.file.relative_to(root)}: {entry.name}" if root.is_dir() else entry.name)
+            if not all(map(_is_finite, stored_pieces(entry, PIECE))):
+                bad.append(f"{entry.file.relative_to(root)}: {entry.name}" if root.is_dir() else entry.name)
             bar.update(entry.nbytes)
     return tuple(bad)
 

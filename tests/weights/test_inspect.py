@@ -276,7 +276,7 @@ def stored(tmp_path):
 
 def test_nan_and_infinity_are_found_wherever_they_are(stored, monkeypatch):
     path, change = stored
-    monkeypatch.setattr(inspection, "CHUNK", 1000)
+    monkeypatch.setattr(inspection, "PIECE", 1000)
     assert weights.inspect(path).not_finite is None and weights.inspect(path, check_numbers=True).not_finite == ()
     bias, fine = torch.zeros(128), torch.full((384,), 1e300, dtype=torch.float64)  # too large for float32, yet finite
     bias[-1] = float("-inf")
