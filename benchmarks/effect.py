@@ -76,16 +76,19 @@ def interval(rows: list[dict], key: str, draws: int = 2000) -> tuple[float, floa
 def settings(pipeline: Pipeline) -> dict[str, dict]:
     """The rows of the table: arguments of a pipeline call."""
     default = pipeline.defaults.repulsion
-    image = replace(default, tokens="image", scale=3e5, steps=2, blocks="all")  # the best of a small search
+    paper = replace(default, scale=4e6, diversity=None, iterations=10, steps=5, site="attention", branches="all")
     return {
         "base": {},
         "repulsion (shipped)": {"repulsion": default},
-        "scale × 2.5": {"repulsion": replace(default, scale=2.5 * default.scale)},
+        "diversity 0.5": {"repulsion": replace(default, diversity=0.5)},
+        "both branches": {"repulsion": replace(default, branches="all")},
+        "site = attention": {"repulsion": replace(default, site="attention")},
+        "site = attention, both branches, η 4e6, 5 steps": {"repulsion": paper},  # the best of its kind that was found
+        "first third of the blocks": {"repulsion": replace(default, blocks="first")},
         "middle third of the blocks": {"repulsion": replace(default, blocks="middle")},
         "last third of the blocks": {"repulsion": replace(default, blocks="last")},
         "all blocks": {"repulsion": replace(default, blocks="all")},
-        "site = block": {"repulsion": replace(default, site="block")},
-        "image tokens": {"repulsion": image},
+        "image tokens": {"repulsion": replace(default, tokens="image")},
         "base, guidance 2": {"guidance": 2.0},
     }
 

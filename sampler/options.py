@@ -13,19 +13,19 @@ from .methods import METHODS, Method
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
 How it works: inside every joint attention of the model the text tokens of each sample have read from that sample's
-image. In the first --repel-steps denoising steps they are pushed apart, by --scale and in --iterations small steps,
-along the gradient of the batch's entropy. The prompt stays what it is; the pictures start to differ.
+image. In the first --repel-steps denoising steps they are pushed apart, as far as --diversity says and in --iterations
+small steps, along the gradient of the batch's entropy. The prompt stays what it is; the pictures start to differ.
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --diversity 0.2
-  python -m sampler "a small green ring on the left" --blocks middle --site block
+  python -m sampler "a star and a square" --images 4 --seed 7 --diversity 0.5
+  python -m sampler "a small green ring on the left" --blocks middle --repel-steps 8
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
   python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
-Too alike? Raise --diversity. No longer what the prompt says? Lower it, or repel in fewer steps or blocks."""
+Too alike? Raise --diversity or --repel-steps. No longer what the prompt says? Lower them, or repel in fewer blocks."""
 
 
 def blocks(text: str) -> str | tuple[int, ...]:
