@@ -12,7 +12,7 @@ from mmdit.float8 import Float8Linear, Float8Modulation
 from mmdit.layers import Modulation
 
 from .files import DTYPES, FLOAT8, Entry, read_into, read_scale, read_tensor
-from .names import SAME, Layout, Sizes
+from .names import SAME, Layout, Sizes, Transform
 
 Stored = Mapping[str, Entry]  # under the layout's names
 THREADS = 4  # that read at once
@@ -39,29 +39,34 @@ def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored, dtype:
 
     `dtype` None keeps what is stored, but for float8 outside of `Float8Linear`, which becomes bfloat16.
     """
-    def read(name: str, empty: Tensor) -> Tensor:
+    state, jobs = {}, []
+    for name, empty in model.state_dict().items():
         module = model.get_submodule(name.rpartition(".")[0])
         kept = isinstance(module, Float8Linear) and not name.endswith(".bias")  # a matrix in float8, or its scale
         theirs, transform = layout.find(name.replace(".scale", ".weight") if kept else name, sizes)
         parts = [entries[n] for n in theirs]
         if kept and name.endswith(".scale"):
-            return transform.read(_scale(parts), sizes.patch).to(device)
+            state[name] = transform.read(_scale(parts), sizes.patch).to(device)
+            continue
         if kept:
             parts = [replace(part, scale=None) for part in parts]
-        target = torch.empty(empty.shape, device=device, dtype=empty.dtype if kept else dtype or _stored_dtype(parts))
-        if transform is SAME:
-            for piece, part in zip(target.split([part.shape[0] for part in parts]), parts, strict=True):
-                read_into(piece, part)
-        else:
-            as_stored = all(DTYPES[part.dtype] == target.dtype for part in parts)
-            wide = target.dtype if as_stored else torch.promote_types(target.dtype, torch.float32)
-            target.copy_(transform.read(torch.cat([read_tensor(part, wide) for part in parts]), sizes.patch))
-        return target
-
-    state = model.state_dict()
+        dtype_here = empty.dtype if kept else dtype or _stored_dtype(parts)
+        state[name] = torch.empty(empty.shape, device=device, dtype=dtype_here)
+        jobs.append((state[name], parts, transform, sizes.patch))
     with ThreadPoolExecutor(THREADS) as threads:  # memory that is touched for the first time is slow: share the work
-        found = threads.map(read, state.keys(), state.values())
-        model.load_state_dict(dict(zip(state, found, strict=True)), assign=True)
+        list(threads.map(_read, *zip(*jobs, strict=True)))
+    model.load_state_dict(state, assign=True)
+
+
+def _read(target: Tensor, parts: list[Entry], transform: Transform, patch: int) -> None:
+    """The numbers of one parameter, from the one tensor that it is in the file, or the several."""
+    if transform is SAME:
+        for piece, part in zip(target.split([part.shape[0] for part in parts]), parts, strict=True):
+            read_into(piece, part)
+        return
+    as_stored = all(DTYPES[part.dtype] == target.dtype for part in parts)
+    wide = target.dtype if as_stored else torch.promote_types(target.dtype, torch.float32)
+    target.copy_(transform.read(torch.cat([read_tensor(part, wide) for part in parts]), patch))
 
 
 def _stored_dtype(parts: list[Entry]) -> torch.dtype:
