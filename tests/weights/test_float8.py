@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import FLUX, SD3, T5, VAE, draw, randomize, same_tensors
+from small_models import FLUX, SD3, T5, VAE, difference, draw, randomize, same_tensors
 from torch import nn
 
 from mmdit import Autoencoder, MMDiT, T5Encoder
@@ -97,9 +97,10 @@ def test_a_float8_file_is_its_widened_twin(tmp_path, kind, scales, only_matrices
 @torch.no_grad()
 def test_float8_that_stays_computes_the_same_from_a_byte_a_weight(tmp_path, kind, scales, float8):
     stored = Stored(tmp_path, kind, float8, scales)
-    for dtype in (torch.float32, torch.bfloat16):
+    # the weights are the same bits (below); their products are summed in an order that hangs on threads and alignment
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         kept, wide = stored(dtype=dtype, keep_float8=True), stored(dtype=dtype)
-        assert torch.equal(stored.run(kept), stored.run(wide))
+        assert difference(stored.run(kept), stored.run(wide)) < tolerance
         slim = in_blocks(kept)
         assert slim.keys() == in_blocks(wide).keys()
         for name, module in slim.items():
