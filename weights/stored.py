@@ -37,7 +37,7 @@ class Stored:
         if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
             raise CheckpointError(f"dtype must be one to compute in, such as torch.bfloat16, got {dtype}: float8 "
                                   "matrices are kept by keep_float8=True")
-        model, sizes = copy.deepcopy(self.skeleton), configs.sizes_of(self.config)
+        model, sizes = _twin(self.skeleton), configs.sizes_of(self.config)
         if keep_float8 or dtype is None:
             fill.keep_float8(model, self.part.layout, sizes, self.part.entries)
         fill.fill(model, self.part.layout, sizes, self.part.entries, dtype, device)
@@ -47,6 +47,14 @@ class Stored:
             projection.weight.data.copy_(torch.eye(self.identity))
             model.set_submodule(_module(self.part.kind.identity), projection)
         return model
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module with dictionaries of its own over the same tensors, which are replaced next: a deep copy takes long."""
+    twin = copy.copy(module)
+    twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
+    twin._modules = {name: child and _twin(child) for name, child in module._modules.items()}
+    return twin
 
 
 def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = None, which: Role | None = None,
