@@ -1,8 +1,6 @@
 """`python -m sampler PROMPT`: the same seeds twice, a typical batch and one whose samples repel each other."""
 
 import argparse
-import json
-import re
 import sys
 import time
 from dataclasses import asdict
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 
 from . import output, report
-from .options import method, name_of, parser, settings, skip_layer_guidance
+from .options import exit_code, method, name_of, parser, settings, skip_layer_guidance
 from .pipeline import Pipeline
 
 
@@ -71,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
              "skip_layer_guidance": None if skip is None else asdict(skip)}
     ways = {"repulsion": None if repulsion is None else asdict(repulsion),
             "method": None if other is None else {"name": args.method, **asdict(other)}}
-    slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-    target = args.out or output.free_folder(Path("outputs") / slug)
+    target = args.out or output.free_folder(Path("outputs") / output.folder_name(args.prompt))
     with output.whole_folder(target, args.overwrite) as folder:
         write(folder, pictures, found, about, ways)
     print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
@@ -95,22 +92,12 @@ def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict) ->
     if len(sheets) == 2:
         compare = output.side_by_side(sheets, about["prompt"])
         output.save_png(compare, folder / "compare.png", {**about, **ways})
-    summary = json.dumps({**about, **ways, "batches": found}, indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    output.write_summary(folder, {**about, **ways, "batches": found})
 
 
 def main() -> int:
-    """Exit codes: 0; 2 for a call that cannot be right, with one line that says why; 130 if interrupted."""
-    args = parser().parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    """The exit code, see `exit_code`."""
+    return exit_code(run, parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ latent space it becomes a double exposure.
 """
 
 import argparse
-import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from weights.tiny.world import COLOR_RGB, GROUND_RGB, SHADE
 
 from . import output
 from .methods import Method
-from .options import blocks
+from .options import blocks, exit_code
 from .pipeline import Pipeline
 from .report import to_pixels
 from .schedule import starting_noise
@@ -171,27 +169,19 @@ def run(args: argparse.Namespace) -> None:
              "target_seed": args.target_seed, "alphas": ALPHAS, "steps": steps, "first": where.steps,
              "blocks": where.blocks, "site": where.site}
     blurs = {name: blur(row) for name, row in rows.items()} if pipeline.defaults.world == "tiny" else None
-    slug = re.sub(r"[^a-z0-9]+", "-", args.prompt.lower()).strip("-")[:60] or "prompt"
-    target = args.out or output.free_folder(Path("outputs") / f"interpolate-{slug}")
+    target = args.out or output.free_folder(Path("outputs") / f"interpolate-{output.folder_name(args.prompt)}")
     with output.whole_folder(target, args.overwrite) as folder:
         title = f"“{args.prompt}”, from seed {args.source_seed} (0) to seed {args.target_seed} (1)"
         output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
-        summary = json.dumps({**about, "blur": blurs}, indent=2, ensure_ascii=False)
-        (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+        output.write_summary(folder, {**about, "blur": blurs})
     if blurs is not None:
         print(table(blurs, ALPHAS))
     print(f"written to {target}")
 
 
 def main() -> int:
-    """Exit codes: 0; 2 for a call that cannot be right, with one line that says why."""
-    args = parser().parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit code, see `exit_code`."""
+    return exit_code(run, parser().parse_args())
 
 
 if __name__ == "__main__":

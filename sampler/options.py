@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +134,16 @@ def method(args: argparse.Namespace) -> Method | None:
             raise ValueError(f"--strength needs a --method: {', '.join(METHODS)}")
         return None
     return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
+
+
+def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a program: 0; 2 for a call that cannot be right, with one line that says why; 130 if interrupted."""
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -95,6 +96,17 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             os.replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def folder_name(prompt: str) -> str:
+    """What a folder for pictures of this prompt is called: its letters and digits, at most 60 signs."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
+
+
+def write_summary(folder: Path, content: dict[str, object]) -> None:
+    """summary.json, for people as well."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 def free_folder(base: Path) -> Path:
