@@ -20,7 +20,9 @@ from sampler import Pipeline
 from sampler.report import to_pixels
 from weights.tiny.captions import describe, parse
 from weights.tiny.reader import adherence, attribute_vectors, read
-from weights.tiny.world import Scene, sample_scene
+from weights.tiny.world import sample_scene
+
+from .paper.measures import unreadable
 
 OPEN = [  # underspecified: each leaves most attributes to the model
     "a circle", "a square", "a triangle", "a star", "a cross", "a ring",
@@ -52,14 +54,6 @@ def measure(pipeline: Pipeline, prompts: list[str], groups: int, label: str, **c
                 "adherence": kept, "unreadable": sum(map(unreadable, scenes)) / len(scenes), "seconds": seconds,
             })  # fmt: skip
     return rows
-
-
-def unreadable(scene: Scene) -> float:
-    """Share of a picture's attributes that the reader could not tell: torn pictures must not pass for diverse."""
-    values = [scene.arrangement, scene.ground, scene.texture]
-    for thing in scene.things:
-        values += [thing.shape, thing.color] + ([thing.size] if len(scene.things) < 3 else [])
-    return values.count(None) / len(values)
 
 
 def interval(rows: list[dict], key: str, draws: int = 2000) -> tuple[float, float, float]:

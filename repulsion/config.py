@@ -19,7 +19,8 @@ class Repulsion:
     diversity: instead of a scale, how much more diverse each push makes the tokens: the share, 0 to 1, of what their
     entropy lacks to log B; it has no unit
     iterations: M, small steps that the push is made of
-    steps: τ, repel in that many of the first denoising steps
+    steps: τ, repel in that many of the first denoising steps,
+    start: after leaving out so many at the very beginning (0: none, the paper)
     blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
     tokens: "context" (the paper), or its ablations: "image", or "scores", the logits of the context's queries in the
     attention of dual-stream blocks
@@ -46,11 +47,13 @@ class Repulsion:
     kernel_reg: float = 1e-4
     solver: Literal["gram", "autograd"] = "gram"
     diversity: float | None = None
+    start: int = 0
 
     def __post_init__(self):
         check_settings(self.scale, self.diversity, self.iterations, self.objective, self.kernel_reg, self.solver)
-        if self.steps < 0:
-            raise ValueError(f"repulsion steps must not be negative, got {self.steps}")
+        for field in ("steps", "start"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"repulsion {field} must not be negative, got {getattr(self, field)}")
         for field, allowed in (("tokens", ("context", "image", "scores")), ("branches", ("all", "conditional")),
                                ("single_stream_tokens", ("all", "context", "none")), ("site", ("attention", "block"))):
             if getattr(self, field) not in allowed:
@@ -69,6 +72,10 @@ class Repulsion:
         if name not in PRESETS:
             raise ValueError(f"no repulsion preset for {name!r}: there are {', '.join(PRESETS)}")
         return PRESETS[name]
+
+    def acts_at(self, step: int) -> bool:
+        """Whether denoising step number `step`, from 0, repels."""
+        return self.start <= step < self.start + self.steps
 
     def acts_in(self, block: int, num_blocks: int) -> bool:
         """Whether block number `block` of `num_blocks` repels."""

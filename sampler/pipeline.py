@@ -144,7 +144,7 @@ class Pipeline:
                 *method.condition(*texts, b, sigma, step, seed),
                 x.new_full((n,), method.weight(guidance, sigma)) if self.config.guidance_embedding else None,
                 None if reference is None else reference.expand(n, -1, -1, -1),
-                repulsion if repulsion is not None and step < repulsion.steps else None, groups, skip_layers,
+                repulsion if repulsion is not None and repulsion.acts_at(step) else None, groups, skip_layers,
             ).float()
 
         def velocity(x: Tensor, sigma: float, step: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,10 @@ def test_repulsion_acts_in_its_steps_on_both_branches_as_groups(pipeline, monkey
     calls.clear()
     pipeline("a ring", 3, steps=3, guidance=1.0, repulsion=push)
     assert calls == [(3, push, 1)] * 2 + [(3, None, 1)]
+    calls.clear()
+    late = replace(push, start=1)
+    pipeline("a ring", 3, steps=4, guidance=1.0, repulsion=late)
+    assert calls == [(3, None, 1)] + [(3, late, 1)] * 2 + [(3, None, 1)]
 
 
 def test_guidance_is_the_classifier_free_formula(pipeline):

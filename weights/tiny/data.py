@@ -1,7 +1,7 @@
 """What every tiny checkpoint is trained on: scenes of the tiny world, their captions, and their pictures as latents."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,25 +41,26 @@ class Data:
 
 
 @torch.no_grad()
-def encode(model: Autoencoder, data: Data, folder: Path, device: str) -> tuple[Tensor, float, float]:
-    """All pictures as posterior means, normalized to mean 0 and deviation 1: (count, c, H / 4, W / 4) float16.
+def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: bool = False) -> Tensor:
+    """All pictures as latents, the posterior means, normalized by `model`: (count, c, H / 4, W / 4) float16.
 
-    With them the shift and scaling of the normalization, which go into the autoencoder's config. Kept in a file.
+    Kept in a file. `measure`: the shift and scaling that give mean 0 and deviation 1 become those of `model.config`.
     """
-    file, found = folder / "latents.pt", []
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        return saved["latents"], saved["shift"], saved["scaling"]
-    for part in chunks(len(data.scenes), 64):
-        rows = torch.arange(part.start, part.stop)
-        picture = data.pictures(rows, 10**6 + part.start).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            found.append(model.posterior(picture)[0].float().cpu())
-    latents = torch.cat(found)
-    shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
-    latents = ((latents - shift) * scaling).half()
-    save_whole({"latents": latents, "shift": shift, "scaling": scaling}, file)
-    return latents, shift, scaling
+    file = folder / "latents.pt"
+    if not file.exists():
+        means = []
+        for part in chunks(len(data.scenes), 64):
+            rows = torch.arange(part.start, part.stop)
+            picture = data.pictures(rows, 10**6 + part.start).to(device)
+            with torch.autocast(device, torch.bfloat16):
+                means.append(model.posterior(picture)[0].float().cpu())
+        latents, shift, scaling = torch.cat(means), model.config.shift, model.config.scaling
+        if measure:
+            shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
+        save_whole({"latents": ((latents - shift) * scaling).half(), "shift": shift, "scaling": scaling}, file)
+    saved = torch.load(file, weights_only=True)
+    model.config = replace(model.config, shift=saved["shift"], scaling=saved["scaling"])
+    return saved["latents"]
 
 
 def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

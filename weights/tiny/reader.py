@@ -63,14 +63,38 @@ def read(images: Tensor) -> list[Scene]:
 def read_chunk(images: Tensor) -> list[Scene]:
     """`read` for a batch of 64x64 pictures in [0, 1]."""
     sheet, grounds, textures = find_ground(images)
-    components = find_components(opacity(images, sheet) > 0.5)  # (b, s, 64, 64) bool
     things = [[] for _ in images]
-    rows, slots = components.any(dim=(2, 3)).nonzero(as_tuple=True)
-    if len(rows):
-        alpha, colors = silhouettes(images[rows], sheet[rows], components[rows, slots], components[rows].any(dim=1))
-        for row, color, fit in zip(rows.tolist(), colors, fit_shapes(alpha), strict=True):
-            things[row].append((color, *fit))
+    for row, color, far, shape, overlap, fit in zip(*find_things(images, sheet), strict=True):
+        name = COLORS[color] if far < COLOR_REACH else None
+        things[row].append((name, SHAPES[shape] if overlap > WORST_FIT else None, *fit))
     return [arrange(*found) for found in zip(things, grounds, textures, strict=True)]
+
+
+def closest_render(images: Tensor) -> Tensor:
+    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, 64, 64) in [-1, 1] → the same.
+
+    Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
+    """
+    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(64)
+    redrawn = find_ground(images)[0].clone()
+    for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
+        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius)
+        redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
+    return redrawn * 2 - 1
+
+
+def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
+    """The things in pictures (b, 3, 64, 64) on their sheets, one after the other: rows, and of each
+
+    the nearest color and how far it is, the best shape and its overlap, and its center x, center y and radius.
+    """
+    components = find_components(opacity(images, sheet) > 0.5)  # (b, s, 64, 64) bool
+    rows, slots = components.any(dim=(2, 3)).nonzero(as_tuple=True)
+    if not len(rows):
+        return [], [], [], [], [], []
+    alpha, color = silhouettes(images[rows], sheet[rows], components[rows, slots], components[rows].any(dim=1))
+    far, color = torch.cdist(color, COLOR_RGB).min(dim=1)
+    return tuple(found.tolist() for found in (rows, color, far, *fit_shapes(alpha)))
 
 
 @cache
@@ -146,8 +170,8 @@ def grow(pictures: Tensor) -> Tensor:
     return pictures
 
 
-def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component: Tensor) -> tuple[Tensor, list]:
-    """Soft silhouettes (t, 64, 64) in [0, 1] and color names of things, from their pictures and components.
+def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft silhouettes (t, 64, 64) and colors (t, 3) of things, in [0, 1], from their pictures and components.
 
     The color is the mean over the component's core; the silhouette is the opacity of that very color over the ground,
     in the component and up to two pixels around it where no other component is.
@@ -156,13 +180,10 @@ def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component:
     core = 1 - grow(1 - solid)  # eroded by one pixel
     core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6, core, solid)
     color = (images * core[:, None]).sum(dim=(2, 3)) / core.sum(dim=(1, 2))[:, None]
-    distance, nearest = torch.cdist(color, COLOR_RGB).min(dim=1)
-    names = [COLORS[i] if d < COLOR_REACH else None for i, d in zip(nearest.tolist(), distance.tolist(), strict=True)]
-
     full = color[:, :, None, None] - sheet
     alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
     around = grow(grow(solid)).bool() & (component | ~any_component)
-    return (2 * alpha - 0.5).clamp(0, 1) * around, names  # twice as steep: undoes some blur, drops some noise
+    return (2 * alpha - 0.5).clamp(0, 1) * around, color  # twice as steep: undoes some blur, drops some noise
 
 
 @cache
@@ -174,8 +195,8 @@ def shape_moments(shape: str) -> tuple[float, float]:
     return inside.sum().item() * (2.2 / 1000) ** 2, y[inside].mean().item()
 
 
-def fit_shapes(alpha: Tensor) -> list[tuple[str | None, float, float, float]]:
-    """Shape, center x, center y and radius of each soft silhouette (t, 64, 64).
+def fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape (t,), overlap (t,), and center x, center y and radius (t, 3) of soft silhouettes (t, 64, 64).
 
     Each shape is drawn with the silhouette's area and centroid; the one with the largest intersection over union wins.
     """
@@ -192,9 +213,7 @@ def fit_shapes(alpha: Tensor) -> list[tuple[str | None, float, float, float]]:
         overlaps.append(torch.minimum(drawn, alpha).sum(dim=(1, 2)) / torch.maximum(drawn, alpha).sum(dim=(1, 2)))
         fits.append(fit)
     overlap, best = torch.stack(overlaps).max(dim=0)
-    fits = torch.stack(fits)[best, :, torch.arange(len(best))]  # (t, 3)
-    names = [SHAPES[i] if o > WORST_FIT else None for i, o in zip(best.tolist(), overlap.tolist(), strict=True)]
-    return [(name, *fit) for name, fit in zip(names, fits.tolist(), strict=True)]
+    return best, overlap, torch.stack(fits)[best, :, torch.arange(len(best))]
 
 
 def arrange(found: list[tuple], ground: str | None, texture: str | None) -> Scene:

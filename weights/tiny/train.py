@@ -8,7 +8,6 @@ and last the T5 encoder together with the MMDiT, by flow matching. About 75 minu
 import argparse
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
+from .teacher import TOKENIZERS, sd3_condition
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
@@ -45,7 +45,7 @@ SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "t
 
 def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, T5Tokenizer]:
     """The three vocabularies of SD3: CLIP-L pads with its end token, CLIP-G with id 0."""
-    names = ["tokenizer", "tokenizer_2", "tokenizer_3"]
+    names = TOKENIZERS
     if not (folder / names[2] / "spiece.model").exists():
         captions = [c for c in data.captions(torch.arange(min(20_000, len(data.scenes))), -1) if c]
         train_clip_tokenizer(captions, folder / names[0], vocab_size=644, length=LENGTH)
@@ -142,19 +142,13 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     """
     t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
-    with torch.no_grad():
-        empty = torch.cat([c(t([""]).to(device)).pooled for c, t in zip(clips, tokenizers, strict=False)], dim=-1)
+    empty = sd3_condition(clips, t5, tokenizers, [""], TRANSFORMER.context_dim, device)[1].detach()
 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
         captions = data.captions(rows, step)
         noisy, sigma, velocity = noised(latents[rows].float().to(device))
-        with torch.no_grad():
-            outputs = [c(t(captions).to(device)) for c, t in zip(clips, tokenizers, strict=False)]
-        states = torch.cat([o.penultimate for o in outputs], dim=-1)
-        states = F.pad(states, (0, TRANSFORMER.context_dim - states.shape[-1]))
-        context = torch.cat([states, t5(tokenizers[2](captions).to(device))], dim=1)
-        pooled = torch.cat([o.pooled for o in outputs], dim=-1)
+        context, pooled = sd3_condition(clips, t5, tokenizers, captions, TRANSFORMER.context_dim, device)
         pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
         return F.mse_loss(model(noisy, sigma, context, pooled).float(), velocity)
 
@@ -189,7 +183,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = Data.sample(args.scenes, args.seed)
     if args.start:
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        for name in TOKENIZERS:
             shutil.copytree(args.start / name, args.out / name, dirs_exist_ok=True)
     tokenizers = train_tokenizers(data, args.out)
     if args.start:
@@ -202,8 +196,7 @@ def main() -> None:
         autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
-    latents, shift, scaling = encode(autoencoder, data, args.out, args.device)
-    autoencoder.config = replace(autoencoder.config, shift=shift, scaling=scaling)
+    latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
                       args.device)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)

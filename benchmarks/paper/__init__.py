@@ -1,0 +1,1 @@
+"""The paper in miniature: every method, every strength, three checkpoints, and what comes of it in numbers."""

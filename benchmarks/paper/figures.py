@@ -1,0 +1,122 @@
+"""Figures of the results: fronts and ablations, as PNG and SVG; and every method's pictures on the same seeds."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from PIL import Image, ImageDraw, ImageFont
+
+from sampler import output
+
+from .plan import REGIMES, ablations, call_of
+from .run import pipeline_of
+from .tables import Result, Results, best_within, front
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 11, "axes.spines.top": False,
+                            "axes.spines.right": False, "legend.frameon": False})
+COLORS = {  # one for each method, the same in every figure
+    "contextual repulsion": "#c1121f", "image-token repulsion": "#f4a261", "CADS": "#2a9d8f",
+    "particle guidance": "#457b9d", "SPARKE": "#1d3557", "DiverseFlow": "#8d99ae", "group selection": "#7b2cbf",
+    "lower guidance": "#6a994e", "interval guidance": "#a7c957",
+}  # fmt: skip
+PRICES = {"adherence": "lost adherence, points of 100", "wrong_pixels": "more wrong pixels in a picture"}
+SHOWN = {"adherence": 12, "wrong_pixels": 250}  # the price at which a panel ends
+GRID_PROMPTS = ["a circle", "a star above a ring"]
+
+
+def save(figure: pyplot.Figure, folder: Path, name: str) -> None:
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def price_of(result: Result, price: str) -> tuple[float, float, float]:
+    """The price and its interval, more being worse."""
+    value, low, high = getattr(result, price)
+    return (-value, -high, -low) if price == "adherence" else (value, low, high)
+
+
+def fronts_figure(results: Results, models: list[str], price: str, folder: Path) -> None:
+    """Gain against a price, a panel a regime: all settings faint, each method's front as a line."""
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.8), layout="constrained",
+                                     squeeze=False)
+    for model, panel in zip(models, panels[0], strict=True):
+        for method, found in results.front_results(model).items():
+            draw_front(panel, method, found, price)
+        panel.plot(0, 1, "k+", markersize=12)
+        panel.annotate("base", (0, 1), xytext=(6, -12), textcoords="offset points")
+        panel.set(title=f"{model}: {REGIMES[model]}", xlabel=PRICES[price], xlim=(-SHOWN[price] / 6, SHOWN[price]))
+    panels[0][0].set_ylabel("Vendi score of the attributes × base")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    save(figure, folder, f"fronts-{price.replace('_', '-')}")
+
+
+def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> None:
+    color, bold = COLORS[method], method == "contextual repulsion"
+    found = [r for r in found if price_of(r, price)[0] <= SHOWN[price]]
+    panel.scatter([price_of(r, price)[0] for r in found], [r.gain[0] for r in found], s=14, color=color, alpha=0.35)
+    best = front(found, price)
+    points = [(price_of(r, price), r.gain) for r in best]
+    panel.plot([x[0] for x, _ in points], [y[0] for _, y in points], "o-", color=color, label=method,
+               linewidth=2.6 if bold else 1.3, markersize=6 if bold else 4, zorder=3 if bold else 2)
+    for (x, x_low, x_high), (y, y_low, y_high) in points:
+        panel.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=color, alpha=0.3, lw=0.8)
+
+
+def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
+    """One row of panels a regime, one panel an ablation: gain as bars, change of adherence written on them."""
+    names = [name for name in ablations(models[0]) if name in ("blocks", "steps", "site", "tokens")]
+    figure, panels = pyplot.subplots(len(models), len(names), figsize=(4.2 * len(names), 3.4 * len(models)),
+                                     layout="constrained", squeeze=False, sharey=True)
+    for model, line in zip(models, panels, strict=True):
+        for name, panel in zip(names, line, strict=True):
+            found = {row: results.result(model, row, setting) for row, setting in ablations(model)[name].items()}
+            for i, r in enumerate(r for r in found.values() if r):
+                value, low, high = r.gain
+                panel.bar(i, value - 1, bottom=1, color=COLORS["contextual repulsion"], alpha=0.8)
+                panel.errorbar(i, value, [[value - low], [high - value]], color="black", lw=1)
+                panel.annotate(f"{r.adherence[0]:+.1f}", (i, high), xytext=(0, 3), textcoords="offset points",
+                               ha="center", fontsize=9)
+            panel.set_xticks(range(len(found)), [row.replace("steps ", "") for row in found], rotation=30, ha="right")
+            panel.set_title(f"{model}: {name}")
+            panel.margins(y=0.15)
+        line[0].set_ylabel("Vendi × base")
+    save(figure, folder, "ablations")
+
+
+def grid_figure(results: Results, model: str, folder: Path) -> None:
+    """What every method paints from the same seeds, at its largest gain within the points of the table."""
+    ways = {"base": {}}
+    ways |= {method: best.setting for method, found in results.front_results(model).items()
+             if (best := best_within(found))}
+    pipeline, rows = pipeline_of(model), {}
+    for name, setting in ways.items():
+        pictures = []
+        for prompt in GRID_PROMPTS:
+            pictures += pipeline(prompt, 4, seed=0, **call_of(setting, pipeline))
+        rows[name] = pictures
+    sheets = {name: output.grid(pictures, columns=len(pictures)) for name, pictures in rows.items()}
+    width, height = next(iter(sheets.values())).size
+    font, margin, top = ImageFont.load_default(20), 260, 40
+    figure = Image.new("RGB", (margin + width, top + height * len(sheets)), "white")
+    draw = ImageDraw.Draw(figure)
+    for i, prompt in enumerate(GRID_PROMPTS):
+        draw.text((margin + output.GAP + i * width // len(GRID_PROMPTS), 8), f"“{prompt}”", fill="black", font=font)
+    for i, (name, sheet) in enumerate(sheets.items()):
+        figure.paste(sheet, (margin, top + i * height))
+        draw.text((margin - output.GAP, top + (i + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    figure.save(folder / f"grid-{model}.png")
+
+
+def all_figures(results: Results, models: list[str], folder: Path) -> None:
+    """Every figure that the results are enough for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for price in PRICES:
+        fronts_figure(results, models, price, folder)
+    if any(results.result(model, "", setting) for model in models for setting in ablations(model)["site"].values()):
+        ablations_figure(results, models, folder)
+    for model in models:
+        grid_figure(results, model, folder)

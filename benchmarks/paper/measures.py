@@ -1,0 +1,133 @@
+"""What is measured of a batch of pictures, as one row of raw results, and what is read from many rows."""
+
+import base64
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from repulsion import vendi_score
+from sampler.interpolate import blur
+from sampler.report import to_pixels
+from weights.tiny.captions import parse
+from weights.tiny.reader import adherence, attribute_vectors, closest_render, read
+from weights.tiny.world import ARRANGEMENTS, COLORS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing
+
+from .embedding import WIDTH, Embedding
+
+CLEARLY = 0.25  # a pixel is wrong where a channel is off by more than this share of its range
+
+
+def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> dict[str, object]:
+    """The numbers of one group, small enough to be kept: everything else is computed from them.
+
+    vendi: of the attributes, 1 to the number of pictures; vendi_embedding: likewise, of `Embedding`
+    adherence: share of the prompted attributes that are present, 0 to 1
+    unreadable: share of a picture's attributes that the reader cannot tell, 0 to 1
+    wrong_pixels: how many of the 4,096 differ clearly from the closest picture that the world's renderer can draw
+    blur: see `sampler.interpolate.blur`, levels of 255
+    scenes, embedding: what each picture shows, and where it lies
+    """
+    pixels = to_pixels(pictures)
+    scenes, vectors = read(pixels), embedding(pixels)
+    asked = parse(prompt)
+    return {
+        "vendi": vendi_score(attribute_vectors(scenes)).item(),
+        "vendi_embedding": vendi_score(vectors).item(),
+        "adherence": mean([adherence(asked, scene) for scene in scenes]),
+        "unreadable": mean([unreadable(scene) for scene in scenes]),
+        "wrong_pixels": mean(wrong_pixels(pixels)),
+        "blur": mean(blur(pictures)),
+        "scenes": [to_text(scene) for scene in scenes],
+        "embedding": base64.b64encode(vectors.half().numpy().tobytes()).decode(),
+    }  # fmt: skip
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def unreadable(scene: Scene) -> float:
+    """Share of a picture's attributes that the reader could not tell: torn pictures must not pass for diverse."""
+    values = [scene.arrangement, scene.ground, scene.texture]
+    for thing in scene.things:
+        values += [thing.shape, thing.color] + ([thing.size] if len(scene.things) < 3 else [])
+    return values.count(None) / len(values)
+
+
+def wrong_pixels(pixels: Tensor) -> list[int]:
+    """Pixels that are clearly not what the world's renderer would draw there: (b, 3, 64, 64) → b counts."""
+    off = (pixels - closest_render(pixels)).abs().amax(dim=1) / 2
+    return (off > CLEARLY).sum(dim=(1, 2)).tolist()
+
+
+def to_text(scene: Scene) -> str:
+    """A scene as one short word list, "?" for what cannot be told: "center navy plain, circle red large"."""
+    frame = [scene.arrangement, scene.ground, scene.texture]
+    things = [[thing.shape, thing.color, thing.size] for thing in scene.things]
+    return ", ".join(" ".join((value or "?").replace(" ", "-") for value in values) for values in (frame, *things))
+
+
+def to_scene(text: str) -> Scene:
+    """The scene that `to_text` wrote."""
+    frame, *things = ([None if word == "?" else word.replace("-", " ") for word in part.split(" ")]
+                      for part in text.split(", "))
+    return Scene(tuple(Thing(*thing) for thing in things), *frame)
+
+
+def vectors_of(row: dict) -> Tensor:
+    """The embedding in a row: (images, WIDTH) float64."""
+    return torch.frombuffer(bytearray(base64.b64decode(row["embedding"])), dtype=torch.float16).view(-1, WIDTH).double()
+
+
+def vendi_of_pairs(scenes: Sequence[Scene]) -> float:
+    """Mean Vendi score of the attributes over all pairs, 1 to 2: it can be compared between batches of any size."""
+    return mean([vendi_score(attribute_vectors(pair)).item() for pair in combinations(scenes, 2)])
+
+
+def coverage(prompt: str, scenes: Sequence[Scene]) -> float:
+    """Share of the values that the prompt leaves open that occur at all among these pictures, 0 to 1.
+
+    Counted for each attribute that the prompt leaves open for some thing, then averaged.
+    """
+    asked, shares = parse(prompt), []
+    for name, values in (("shape", SHAPES), ("color", COLORS), ("size", SIZES)):
+        if len(asked.things) == 3 and name == "size":  # three things are all of one size
+            continue
+        if any(getattr(thing, name) is None for thing in asked.things):
+            found = {getattr(thing, name) for scene in scenes for thing in scene.things}
+            shares.append(len(found & set(values)) / len(values))
+    for name, values in (("arrangement", ARRANGEMENTS[len(asked.things)]), ("ground", GROUNDS), ("texture", TEXTURES)):
+        if getattr(asked, name) is None:
+            found = {getattr(scene, name) for scene in scenes}
+            shares.append(len(found & set(values)) / len(values))
+    return mean(shares) if shares else 1.0
+
+
+def kernel_distance(found: Tensor, wanted: Tensor) -> float:
+    """KID (Bińkowski et al., arXiv:1801.01401): unbiased squared MMD with the kernel (x · y / d + 1)³.
+
+    found (m, d), wanted (n, d), m and n at least 2. About 0 for two samples of one distribution; it can be negative.
+    """
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.mT / x.shape[1] + 1) ** 3
+    m, n = len(found), len(wanted)
+    own, other = kernel(found, found), kernel(wanted, wanted)
+    inside = (own.sum() - own.trace()) / (m * (m - 1)) + (other.sum() - other.trace()) / (n * (n - 1))
+    return (inside - 2 * kernel(found, wanted).mean()).item()
+
+
+def bootstrap(by_prompt: list[Tensor], statistic: Callable[[Tensor], Tensor],
+              draws: int = 2000) -> tuple[float, float, float]:
+    """A statistic of the mean over prompts, and its 95 % interval from drawing prompts, and groups in them, anew.
+
+    by_prompt: for each prompt its groups (n, k); statistic: (…, k) → (…).
+    """
+    generator = torch.Generator().manual_seed(0)
+    means = [g[torch.randint(len(g), (draws, len(g)), generator=generator)].mean(1) for g in by_prompt]
+    picks = torch.randint(len(means), (draws, len(means)), generator=generator)
+    drawn = torch.stack(means, dim=1)[torch.arange(draws)[:, None], picks].mean(1)  # (draws, k)
+    low, high = statistic(drawn).quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return statistic(torch.stack([g.mean(0) for g in by_prompt]).mean(0)).item(), low, high

@@ -1,0 +1,131 @@
+"""The teacher, and the training scripts of tiny-flux and tiny-turbo for a few steps: their folders are pipelines."""
+
+import sys
+
+import diffusers
+import pytest
+import torch
+from einops import rearrange
+from small_pipelines import assert_same_pictures
+
+import weights
+from sampler import Pipeline, euler, sigmas, starting_noise
+from weights.tiny import train_flux, train_turbo
+from weights.tiny.teacher import FluxReader, Teacher
+
+FOLDER = weights.EMBEDDED["tiny-sd3"]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(FOLDER, "cpu")
+
+
+def made_by(script, folder, *options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script", "--out", str(folder), "--device", "cpu", *options])
+        script.main()
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return made_by(train_flux, tmp_path_factory.mktemp("tiny-flux"), "--steps", "2", "--scenes", "64")
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory):
+    return made_by(train_turbo, tmp_path_factory.mktemp("tiny-turbo"), "--steps", "2", "--trajectories", "64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_trajectories():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_turbo, "FINE", 1)
+        yield
+
+
+def test_the_teacher_moves_as_the_pipeline_does(teacher):
+    # One Euler step from σ = 1 to 0 is x − v, so the pipeline's latent tells its guided velocity.
+    pipeline, noise, latents = Pipeline.load(FOLDER), starting_noise(0, 2, (6, 16, 16)), []
+    decode = pipeline.autoencoder.decode
+    pipeline.autoencoder.decode = lambda latent: latents.append(latent) or decode(latent)
+    for guidance in (2.5, 4.5):
+        pipeline("a red star", 2, noise=noise, steps=1, guidance=guidance)
+    wanted = [noise - latent for latent in latents]
+    both = torch.tensor([[2.5, 2.5], [4.5, 4.5]])
+    found = teacher.velocities(noise, torch.ones(2), teacher.condition(["a red star"] * 2), both)
+    for ours, theirs in zip(found, wanted, strict=True):  # float32 sums in another order
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_reader_reads_as_a_flux_pipeline_does(teacher, flux):
+    context, pooled = FluxReader(teacher)(["a small blue ring"])
+    for ours, theirs in zip((context, pooled), Pipeline.load(flux).text("a small blue ring"), strict=True):
+        assert (ours - theirs).norm() <= 2**-7 * theirs.norm()  # the folder holds bfloat16
+
+
+def test_diffusers_paints_the_same_pictures_from_the_flux_folder(flux):
+    ours = Pipeline.load(flux)
+    theirs = diffusers.FluxPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = starting_noise(0, 2, (6, 16, 16))
+    packed = rearrange(noise, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2)
+    expected = theirs("a circle", num_images_per_prompt=2, num_inference_steps=4, guidance_scale=4.5, height=64,
+                      width=64, max_sequence_length=24, latents=packed).images
+    assert_same_pictures(ours("a circle", 2, noise=noise, steps=4), expected)
+
+
+def test_diffusers_paints_the_same_pictures_from_the_turbo_folder(turbo):
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(turbo, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = starting_noise(0, 2, (6, 16, 16))
+    expected = theirs("a circle", num_images_per_prompt=2, num_inference_steps=4, guidance_scale=0.0, height=64,
+                      width=64, max_sequence_length=24, latents=noise).images
+    assert_same_pictures(Pipeline.load(turbo)("a circle", 2, noise=noise), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 22])
+def test_the_student_is_taught_at_the_levels_it_is_sampled_at(steps):
+    torch.testing.assert_close(train_turbo.noise_levels(steps).float(), sigmas(steps, shift=3.0, spacing="sd3"))
+
+
+def test_a_trajectory_passes_the_students_levels(teacher, monkeypatch):
+    # The same noise and the same fine levels through the sampler's own loop; the students' are every third of them.
+    monkeypatch.setattr(train_turbo, "FINE", 3)
+    captions = ["a star", "a green ring on the left"]
+    way = train_turbo.paint(teacher, captions, seed=5)
+    noise = torch.randn((2, 6, 16, 16), generator=torch.Generator().manual_seed(5))
+    condition, weight, passed = teacher.condition(captions), torch.full((1, 2), train_turbo.GUIDANCE), []
+
+    def velocity(x, sigma, step):
+        passed.append(x)
+        return teacher.velocities(x, x.new_full((2,), sigma), condition, weight)[0]
+
+    levels = sigmas(10, shift=3.0, spacing="sd3")
+    last = euler(velocity, noise, levels)
+    for k, wanted in enumerate([*passed[::3], last]):
+        assert (way[:, k].float() - wanted).norm() <= 1e-3 * wanted.norm()  # kept in float16: 2⁻¹¹
+    assert torch.equal(levels[:-1:3], sigmas(4, shift=3.0, spacing="sd3")[:-1])
+
+
+def test_trajectories_that_are_there_are_not_painted_again(teacher, tmp_path, monkeypatch):
+    painted = []
+
+    def paint(teacher, captions, seed):
+        painted.append((captions, seed))
+        return torch.full((64, 5, 6, 16, 16), float(len(painted)))
+
+    monkeypatch.setattr(train_turbo, "paint", paint)
+    data = train_turbo.Data.sample(128, 20)
+    assert train_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [2] * 64
+    (tmp_path / "trajectories-0001.pt").unlink()  # as after a stop
+    assert train_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [3] * 64
+    assert painted[2] == painted[1] != painted[0]
+
+
+def test_a_number_of_trajectories_that_fills_no_chunk_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        made_by(train_turbo, tmp_path / "out", "--trajectories", "100")
+    assert stop.value.code == 2 and "multiple of 64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

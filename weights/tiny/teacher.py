@@ -1,0 +1,82 @@
+"""`tiny-sd3` as the teacher of the checkpoints that are distilled from it: its velocities, with guidance."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
+
+from ..load import load_autoencoder, load_text_encoder, load_transformer
+from .data import Data, encode
+
+TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
+
+
+def sd3_condition(clips: list[ClipTextEncoder], t5: T5Encoder, tokenizers: list, captions: list[str], context_dim: int,
+                  device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """What SD3 makes of captions: context (b, 2 n, context_dim), CLIP's tokens then T5's; pooled (b, both CLIPs')."""
+    outputs = [clip(tokenize(captions).to(device)) for clip, tokenize in zip(clips, tokenizers, strict=False)]
+    states = torch.cat([o.penultimate for o in outputs], dim=-1)
+    states = F.pad(states, (0, context_dim - states.shape[-1]))
+    context = torch.cat([states, t5(tokenizers[2](captions).to(device))], dim=1)
+    return context, torch.cat([o.pooled for o in outputs], dim=-1)
+
+
+class Teacher(nn.Module):
+    """The networks of a checkpoint in SD3's layout, in float32, frozen."""
+
+    def __init__(self, folder: Path, device: str):
+        super().__init__()
+        where = {"dtype": torch.float32, "device": device}
+        self.folder, self.device = folder, device
+        clip_l, clip_g, t5 = TOKENIZERS
+        self.tokenizers = [ClipTokenizer(folder / clip_l), ClipTokenizer(folder / clip_g), T5Tokenizer(folder / t5)]
+        *clips, self.t5 = (load_text_encoder(folder / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        self.clips = nn.ModuleList(clips)
+        self.transformer = load_transformer(folder, **where)
+        self.autoencoder = load_autoencoder(folder / "vae", **where)
+        self.requires_grad_(False).eval()
+        self.empty = self.condition([""])
+
+    def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Context (b, n, d) and pooled vector (b, p) of captions, as SD3 reads them."""
+        width = self.transformer.config.context_dim
+        return sd3_condition(self.clips, self.t5, self.tokenizers, captions, width, self.device)
+
+    @torch.no_grad()
+    def velocities(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor],
+                   guidance: Tensor) -> list[Tensor]:
+        """u + w (c − u), classifier-free guidance, for each row w (b,) of `guidance` (k, b), from one pair of passes.
+
+        noisy (b, c, H, W); sigma (b,); condition: what `condition` made of b captions → k velocities (b, c, H, W).
+        """
+        both = [torch.cat([empty.expand_as(told), told])
+                for empty, told in zip(self.empty, condition, strict=True)]
+        twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
+        unconditional, conditional = twice.float().chunk(2)
+        return [torch.lerp(unconditional, conditional, rearrange(w, "b -> b 1 1 1")) for w in guidance]
+
+    def latents(self, data: Data, folder: Path) -> Tensor:
+        """The pictures of `data`, normalized just as the teacher's own: (count, c, H, W) float16, kept in a file."""
+        return encode(self.autoencoder, data, folder, self.device)
+
+
+class FluxReader(nn.Module):
+    """What FLUX.1 makes of captions, with the teacher's encoders: T5's context, CLIP-L's vector before projection."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.tokenizers = teacher.tokenizers[0], teacher.tokenizers[2]
+        clip, self.t5, self.device = teacher.clips[0], teacher.t5, teacher.device
+        self.clip = ClipTextEncoder(replace(clip.config, projection_dim=None)).to(self.device)
+        self.clip.load_state_dict({k: v for k, v in clip.state_dict().items() if not k.startswith("projection")})
+        self.requires_grad_(False).eval()
+
+    def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Context (b, n, d) and pooled vector (b, p)."""
+        ids = [tokenize(captions).to(self.device) for tokenize in self.tokenizers]
+        return self.t5(ids[1]), self.clip(ids[0]).unprojected

@@ -1,0 +1,123 @@
+"""Makes the checkpoint `tiny-turbo`, SD3.5-Large-Turbo in small: `python -m weights.tiny.train_turbo --help`.
+
+Four steps without guidance. The teacher, `tiny-sd3`, paints captions in many steps with classifier-free guidance; the
+student starts as the teacher and learns the straight line between the noise levels of its own four steps (progressive
+distillation, Salimans and Ho, arXiv:2202.00512, all rounds at once). Why not adversarially, as the large one: where
+noise and caption lead to one picture, its targets have no noise in them and plain regression finds them, with one
+network, no discriminator and nothing to balance. Reflow would need the same trajectories and give the ends alone.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import trange
+
+from mmdit import MMDiT
+
+from ..embedded import EMBEDDED
+from .data import Data
+from .export import export_sd3
+from .loop import batches, save_whole, train
+from .teacher import Teacher
+
+SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
+STEPS = 4
+FINE = 7  # steps of the teacher in each of the student's, all but the last
+GUIDANCE = 4.5
+CHUNK = 64  # trajectories painted at once
+SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
+            "repulsion": {"diversity": 0.5, "iterations": 2, "steps": 1, "site": "block"}}
+
+
+def noise_levels(steps: int) -> Tensor:
+    """σ of SD3's schedule at SHIFT: (steps + 1,). The last step but one ends at the least of 1000 levels, not at 0."""
+    def shifted(t: Tensor) -> Tensor:
+        return SHIFT * t / (1 + (SHIFT - 1) * t)
+    least = shifted(torch.tensor(0.001, dtype=torch.float64))
+    between = torch.lerp(torch.ones_like(least), least, torch.linspace(0, 1, steps, dtype=torch.float64))
+    return torch.cat([shifted(between), least.new_zeros(1)])
+
+
+def captions_of(data: Data, chunk: int) -> list[str]:
+    """What the trajectories CHUNK · chunk, … are asked to show."""
+    return data.captions(torch.arange(CHUNK) + CHUNK * chunk, chunk)
+
+
+@torch.no_grad()
+def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
+    """The teacher's way from noise to picture, at the student's noise levels: (b, STEPS + 1, c, H, W) float16."""
+    levels = noise_levels((STEPS - 1) * FINE + 1)
+    config, condition = teacher.transformer.config, teacher.condition(captions)
+    shape = (len(captions), config.latent_channels, 16, 16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device)
+    guidance, way = torch.full((1, len(x)), GUIDANCE, device=teacher.device), [x]
+    for step, (sigma, after) in enumerate(zip(levels.tolist(), levels.tolist()[1:], strict=False), start=1):
+        (velocity,) = teacher.velocities(x, x.new_full((len(x),), sigma), condition, guidance)
+        x = x + (after - sigma) * velocity
+        if step % FINE == 0 or after == 0:
+            way.append(x)
+    return torch.stack(way, dim=1).half().cpu()
+
+
+def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Tensor:
+    """`paint` for so many chunks: (CHUNK · chunks, STEPS + 1, c, H, W). Kept in files, so a stopped run goes on."""
+    for chunk in trange(chunks, desc="trajectories", mininterval=5):
+        file = folder / f"trajectories-{chunk:04d}.pt"
+        if not file.exists():
+            with torch.autocast(teacher.device, torch.bfloat16):
+                ways = paint(teacher, captions_of(data, chunk), 1_000_003 * data.seed + chunk)
+            save_whole({"ways": ways}, file)
+    files = [folder / f"trajectories-{chunk:04d}.pt" for chunk in range(chunks)]
+    return torch.cat([torch.load(file, weights_only=True)["ways"] for file in files])
+
+
+def distill(teacher: Teacher, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> MMDiT:
+    """The student learns (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a step k drawn at random."""
+    device = teacher.device
+    student = MMDiT(teacher.transformer.config).to(device)
+    student.load_state_dict(teacher.transformer.state_dict())
+    levels, pick = noise_levels(STEPS).to(device, torch.float32), batches(len(ways), 64, data.seed + 4)
+    captions = [caption for chunk in range(len(ways) // CHUNK) for caption in captions_of(data, chunk)]
+    share = torch.ones(STEPS)
+    share[-1] = 0.25  # the last step is a very short one
+
+    def loss_at(step: int) -> Tensor:
+        rows = pick(step)
+        k = share.multinomial(len(rows), replacement=True)
+        here, after = (ways[rows, i].float().to(device) for i in (k, k + 1))
+        length = (levels[k + 1] - levels[k])[:, None, None, None]
+        found = student(here, levels[k], *teacher.condition([captions[row] for row in rows.tolist()]))
+        return F.mse_loss(found.float(), (after - here) / length)
+
+    train("turbo", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
+    return student
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
+    parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--trajectories", type=int, default=12_800, help=f"of the teacher; a multiple of {CHUNK}")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.trajectories < CHUNK or args.trajectories % CHUNK:
+        parser.error(f"--trajectories must be a multiple of {CHUNK}, got {args.trajectories}")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    data = Data.sample(args.trajectories, args.seed)
+    teacher = Teacher(args.teacher, args.device)
+    ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
+    student = distill(teacher, data, ways, args.out, args.steps, args.lr)
+    export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
+               SHIFT, SAMPLING)
+    print(f"written to {args.out / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main()
