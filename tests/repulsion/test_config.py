@@ -27,8 +27,8 @@ def test_settings_cannot_be_changed_in_passing():
 
 
 @pytest.mark.parametrize("field,value", [
-    ("scale", -1.0), ("iterations", 0), ("steps", -1), ("start", -1), ("blocks", "some"), ("blocks", (-1,)), ("tokens", "all"),
-    ("single_stream_tokens", "image"), ("site", "mlp"), ("branches", "both"),
+    ("scale", -1.0), ("iterations", 0), ("steps", -1), ("start", -1), ("blocks", "some"), ("blocks", (-1,)),
+    ("tokens", "all"), ("single_stream_tokens", "image"), ("site", "mlp"), ("branches", "both"),
     ("objective", "x"), ("kernel_reg", -1.0), ("solver", "x"),
 ])  # fmt: skip
 def test_every_bad_field_is_named(field, value):
