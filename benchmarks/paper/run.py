@@ -1,6 +1,7 @@
 """Paints and measures groups in several processes, one line of results a group; a run that was stopped goes on."""
 
 import json
+import signal
 import time
 from functools import cache
 from pathlib import Path
@@ -40,11 +41,17 @@ def run(jobs: list[Job], file: Path, workers: int, label: str) -> None:
     todo = [job for job in jobs if job.key not in done]
     if not todo:
         return
-    with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool, file.open("a") as out:
+    with get_context("spawn").Pool(workers, start_worker) as pool, file.open("a") as out:
         rows = pool.imap_unordered(paint, todo)
         for row in tqdm(rows, label, initial=len(jobs) - len(todo), total=len(jobs), smoothing=0.02):
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
+
+
+def start_worker() -> None:
+    """One thread, and Ctrl-C is the parent's business."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @cache

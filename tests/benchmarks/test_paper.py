@@ -2,18 +2,25 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from scenes import scenes_of
 
 from benchmarks.paper import measures, plan, tables
+from benchmarks.paper.__main__ import main
 from benchmarks.paper.embedding import Embedding
 from benchmarks.paper.run import finished, paint, run
 from sampler import Pipeline
 from weights.tiny.world import Scene, Thing, render
 
+ROOT = Path(__file__).parents[2]
 NAVY = ("center", "navy", "plain")
 
 
@@ -159,6 +166,26 @@ def test_a_row_comes_out_again(painted):
     (row,) = (row for row in finished(painted) if row["seed"] == 1)
     again = json.loads(json.dumps(paint(some_jobs()[1])))
     assert without_time(again) == without_time(row)
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.paper", "--quick", "--models", "tiny-sd3",
+               "--workers", "1", "--out", str(tmp_path)]
+    with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+        file, deadline = tmp_path / "groups.jsonl", time.monotonic() + 120
+        while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Traceback" not in said
+    assert f"interrupted: the groups in {file} are kept" in said
+    assert file.read_text().endswith("\n") and finished(file)
+
+
+def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["paper", "--report", "--models", "tiny-sd3", "--out", str(tmp_path)])
+    assert main() == 2
+    assert "groups.jsonl holds no group of tiny-sd3: run without --report" in capsys.readouterr().err
 
 
 def result(gain, adherence=0.0, wrong=0.0, groups=20):
