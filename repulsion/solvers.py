@@ -10,6 +10,7 @@ from .objectives import density_matrix
 
 Objective = Callable[[Tensor], Tensor]
 SAME = 1e-14  # samples whose cosine is this close to 1 coincide as far as float64 can tell
+CLOSE = 1e-7  # how near H comes to what `diversity` asks, as a share of the rise
 CHUNK = 1 << 18  # columns widened to float64 at a time
 
 
@@ -98,10 +99,8 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
         else:
             value = value.detach()
             start = value if start is None else start
-            rise = share * (highest - start)
-            goal = start + (step + 1) / iterations * rise
-            tolerance = 0 * rise + 1e-9 if step + 1 == iterations else 0.02 * rise / iterations  # on the way: a mark
-            length = step_length(now, d, value, goal, tolerance, value_of)[..., None, None]
+            goal = start + (step + 1) / iterations * share * (highest - start)
+            length = step_length(now, d, value, goal, value_of)[..., None, None]
         mixing = mixing + length * (d @ current)
     return mixing
 
@@ -114,12 +113,12 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
 
 
-def step_length(gram: Tensor, d: Tensor, value: Tensor, goal: Tensor, tolerance: Tensor, value_of: Objective) -> Tensor:
+def step_length(gram: Tensor, d: Tensor, value: Tensor, goal: Tensor, value_of: Objective) -> Tensor:
     """How far to go along the gradient from H = value to goal: gram, d (g, B, B), the others (g,) → (g,), 0 or more.
 
-    H rises along its gradient up to a peak. From a short step, doubled until it is past the goal or the peak, then
-    by false position (Illinois) to the tolerance. Where the peak is below the goal: the last doubled step before it.
-    Where nothing moves, or the goal is behind: 0.
+    H rises along its gradient up to a peak. Lengths 2^k / 2s are tried, s the largest absolute row sum of D and k = 0,
+    1, …, until H is past the goal or its peak, then false position (Illinois) until all but CLOSE of the way is gone.
+    Where the peak is below the goal: the last length tried before it. Where nothing moves, or the goal is behind: 0.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
 
@@ -141,7 +140,7 @@ def step_length(gram: Tensor, d: Tensor, value: Tensor, goal: Tensor, tolerance:
     for _ in range(50):
         middle = torch.where(search, low - gap_low * (high - low) / (gap_high - gap_low), middle)
         gap_middle = gap(middle)
-        search = search & (gap_middle.abs() > tolerance)
+        search = search & (gap_middle.abs() > CLOSE * (goal - value))
         if not search.any():
             break
         above = gap_middle > 0

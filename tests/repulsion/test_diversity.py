@@ -41,7 +41,7 @@ def test_h_rises_by_the_share_of_what_is_left(objective, spread, iterations):
     before = value(batch, objective)
     for share in (0.1, 0.5, 0.9):
         after = value(repel(batch, None, iterations, diversity=share, objective=objective), objective)
-        # solved for to 1e-9; ε enters `value` as a kernel whose diagonal is 1 + ε: no difference in density
+        # solved for to 1e-7 of the rise; ε enters `value` as a kernel whose diagonal is 1 + ε: no difference in density
         assert (after - before) / (HIGHEST[objective] - before) == pytest.approx(share, rel=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_it_has_no_unit():
 def test_groups_are_dosed_apart_and_order_does_not_matter():
     near, far = tokens(0.01), tokens(1.0, seed=1)
     both = repel(torch.cat([near, far]), None, 2, diversity=0.3, groups=2)
-    # each alone: the same up to where the search stops, 1e-9 of H
+    # each alone: the same up to where the search stops, 1e-7 of the rise
     torch.testing.assert_close(both[:4], repel(near, None, 2, diversity=0.3), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(both[4:], repel(far, None, 2, diversity=0.3), rtol=1e-6, atol=1e-8)
     order = torch.tensor([2, 0, 3, 1])
