@@ -6,8 +6,9 @@ from .config import PRESETS, MMDiTConfig
 from .model import MMDiT
 from .t5 import T5Config, T5Encoder
 from .tokenizers import ClipTokenizer, T5Tokenizer
+from .trace import trace
 
 __all__ = [
     "PRESETS", "Autoencoder", "AutoencoderConfig", "ClipConfig", "ClipTextEncoder", "ClipTokenizer", "MMDiT",
-    "MMDiTConfig", "T5Config", "T5Encoder", "T5Tokenizer",
+    "MMDiTConfig", "T5Config", "T5Encoder", "T5Tokenizer", "trace",
 ]
