@@ -245,5 +245,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 def to_picture(pixels: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
-    pixels = rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "c y x -> y x c").contiguous()
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.untyped_storage()))
+    pixels = rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "c y x -> y x c")
+    content = bytearray(pixels.numel())
+    torch.frombuffer(content, dtype=torch.uint8).copy_(pixels.flatten())
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(content))

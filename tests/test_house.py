@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["repulsion", "mmdit", "weights", "sampler"]  # each may import itself and those before it
+PACKAGES = ["repulsion", "mmdit", "weights", "sampler", "porting"]  # each may import itself and those before it
 ORACLES = {"diffusers", "transformers", "numpy"}  # what tests compare with
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,0 +1,174 @@
+"""The checker: what it says of tensors that are missing, misshapen or not numbers, and how the program ends."""
+
+import io
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from porting import __main__ as program
+from porting import compare, files, report
+
+
+def said(kit, theirs):
+    return report(compare(kit, theirs))
+
+
+def test_the_kit_itself_passes(kit):
+    assert "first deviation" not in said(kit, kit.tensors)
+    assert f"{len(kit.tensors)} of {len(kit.tensors)} tensors pass, 0 deviate, 0 are missing" in said(kit, kit.tensors)
+
+
+def test_stages_come_in_order_and_missing_tensors_are_skipped(kit):
+    text = said(kit, {"image": kit.tensors["image"], "context": 1.01 * kit.tensors["context"]})
+    assert f"1 of {len(kit.tensors)} tensors pass, 1 deviate, {len(kit.tensors) - 2} are missing" in text
+    stages = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert stages == list(dict.fromkeys(row["stage"] for row in kit.rows))
+    assert "first deviation: context, in stage conditioning: 1.0e-02 of" in text
+    assert text.index("text encoders:") < text.index("conditioning:") < text.index("image:")
+
+
+def test_the_first_deviation_is_the_first_in_the_kits_order(kit):
+    broken = {name: kit.tensors[name] * 1.001 for name in ("velocity.guided", "dual.0.attention.q", "t5.states")}
+    assert "first deviation: t5.states" in said(kit, broken)
+    del broken["t5.states"]
+    assert "first deviation: dual.0.attention.q, in stage dual.0" in said(kit, broken)
+
+
+def test_a_deviation_as_small_as_the_tolerance_passes_and_twice_that_does_not(kit):
+    for name in ("image", "dual.0.attention.v", "dual.0.repulsion.kernel"):
+        tensor = kit.tensors[name].double()
+        tolerance = next(row["tolerance"] for row in kit.rows if row["name"] == name)
+        for factor, passed in ((0.9, True), (1.1, False)):
+            (row,) = [row for row in compare(kit, {name: tensor * (1 + factor * tolerance)}) if row.passed is not None]
+            assert row.passed is passed
+
+
+def test_wrong_shapes_are_said_with_the_transposition_that_fits(kit):
+    q, ids = kit.tensors["dual.0.attention.q"], kit.tensors["t5.ids"]
+    text = said(kit, {"dual.0.attention.q": q.transpose(1, 2), "t5.ids": ids[:1], "context": kit.tensors["context"][0]})
+    assert "shape (4, 112, 4, 32), expected (4, 4, 112, 32): transposed by (0, 2, 1, 3) the shape fits, the num" in text
+    assert "first deviation: t5.ids, in stage tokens: shape (1, 24), expected (2, 24)" in text
+    square = kit.tensors["image"].permute(0, 2, 3, 1)  # rows and columns are alike: the numbers decide
+    assert "transposed by (0, 3, 1, 2) the shape fits, the numbers too" in said(kit, {"image": square})
+    assert "transposed by (0, 3, 1, 2) the shape fits, the numbers do not" in said(kit, {"image": 2 * square})
+
+
+def test_nan_and_infinity_are_said(kit):
+    image = kit.tensors["image"].clone()
+    image[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert "first deviation: image, in stage image: NaN or infinity in 3 of 24576" in said(kit, {"image": image})
+
+
+def test_one_wrong_id_and_pixels_a_level_off_deviate(kit):
+    ids = kit.tensors["clip_g.ids"].clone()
+    ids[1, 1] += 1
+    assert "first deviation: clip_g.ids" in said(kit, {"clip_g.ids": ids})
+    pixels = kit.tensors["pixels"].int()
+    few = torch.zeros_like(pixels).flatten()
+    few[::200] = 1
+    assert "0 deviate" in said(kit, {"pixels": pixels + few.view_as(pixels)})
+    assert "first deviation: pixels" in said(kit, {"pixels": pixels + 1})
+
+
+def test_a_mistake_further_down_is_found_as_well_where_stages_are_fed_from_the_kit(kit):
+    wide = {name: tensor.double() for name, tensor in kit.tensors.items()}
+    text = said(kit, {"time_in.in": wide["time_in.in"].roll(128, -1), "velocity.guided": wide["velocity.conditional"]})
+    assert "found: sines before cosines" in text and "also found at velocity.guided: no guidance" in text
+    assert "only carry it on" in text
+
+
+def test_a_zero_tensor_is_no_division_by_zero(kit):
+    assert "first deviation: image, in stage image: 1.0e+00 of" in said(kit, {"image": 0 * kit.tensors["image"]})
+
+
+# ---- files
+
+
+def test_npz_files_are_read_as_numpy_writes_them(kit, tmp_path):
+    arrays = {name: kit.tensors[name].numpy() for name in ("t5.ids", "context", "pixels", "dual.0.repulsion.gram")}
+    arrays["context"] = np.asfortranarray(arrays["context"].astype(np.float64))
+    arrays["t5.ids"] = arrays["t5.ids"].astype(np.int32)
+    arrays |= {"scalar": np.float16(0.5), "empty": np.zeros((0, 3), np.float32), "flags": np.array([True, False])}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "theirs.npz", **arrays)
+        found = files.read(tmp_path / "theirs.npz")
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].shape == array.shape and (found[name].numpy() == array).all()
+            assert found[name].numpy().dtype == array.dtype
+
+
+def with_npy(content):
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.npy", content)
+
+    return write
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("none.npz", None, "does not exist or is no file"), ("none.safetensors", None, "does not exist or is no file"),
+    ("text.npz", b"hello", "no .npz file that can be read"), ("text.safetensors", b"hello", "no safetensors file"),
+    ("pickle.pt", b"hello", "is a pickle"),
+    ("big.npz", with_npy(npy(np.zeros(3, ">f4"))), "little-endian"),
+    ("cut.npz", with_npy(npy(np.zeros(3))[:-5]), "no .npz file that can be read"),
+    ("objects.npz", with_npy(npy(np.array(["a", "b"]))), "no .npz file that can be read"),
+    ("json.npz", with_npy(b"{}"), "something else than arrays"),
+    ("others.npz", with_npy(npy(np.zeros(3))), "none of the kit's tensors is there, but a: name them"),
+])  # fmt: skip
+def test_files_that_cannot_be_used_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, name, content, message):
+    file = tmp_path / name
+    if callable(content):
+        content(file)
+    elif content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["porting", "check", str(tiny), str(file)])
+    assert program.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+# ---- the program
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["porting", *map(str, arguments)])
+    return program.main()
+
+
+def test_exit_codes_tell_a_port_that_passes_from_one_that_does_not(tiny, kit, tmp_path, monkeypatch, capsys):
+    some = {name: kit.tensors[name] for name in ("sigmas", "context")}
+    files.write(tmp_path / "right.safetensors", some | {"my_own": torch.ones(3)})
+    assert run(monkeypatch, "check", tiny, tmp_path / "right.safetensors") == 0
+    assert "1 tensors of right.safetensors are none of the kit's, such as my_own" in capsys.readouterr().out
+    files.write(tmp_path / "wrong.safetensors", some | {"sigmas": some["sigmas"].flip(0)})
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "check", tiny, tmp_path / "wrong.safetensors")
+    assert stop.value.code == 1
+    assert "found: σ rising: it falls" in capsys.readouterr().out
+    assert run(monkeypatch, "check", tmp_path, tmp_path / "right.safetensors") == 2
+    assert "is no kit, manifest.json is missing" in capsys.readouterr().err
+
+
+def test_write_says_what_it_wrote(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "write", tmp_path / "kit", "--prompt", "a star", "--steps", "1") == 0
+    assert "tensors" in (out := capsys.readouterr().out) and "start with PORTING.md" in out
+    assert run(monkeypatch, "write", tmp_path / "kit") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run(monkeypatch, "check", tmp_path / "kit", tmp_path / "kit" / "kit.safetensors") == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["write"], ["prove", "it"]])
+def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        program.parser().parse_args(arguments)
+    assert stop.value.code == 2
