@@ -1,0 +1,72 @@
+"""Token ids → what the transformer reads. Ours: mmdit/clip.py, mmdit/t5.py, sampler/conditioning.py."""
+
+import math
+
+import numpy as np
+
+from .layers import Array, Network, attend, gelu_tanh, silu
+
+ACTIVATIONS = {  # numpy has no error function, Python has
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x * 0.5**0.5)),
+    "quick_gelu": lambda x: silu(x, 1.702),
+}
+
+
+class Clip(Network):
+    def encode(self, ids: Array) -> tuple[Array, Array]:
+        """ids (b, n) → the states that enter the last layer (b, n, d), and the pooled vector (b, projection_dim)."""
+        n, heads, activation = ids.shape[1], self.config["num_attention_heads"], ACTIVATIONS[self.config["hidden_act"]]
+        x = self.w["text_model.embeddings.token_embedding.weight"][ids]
+        x = x + self.w["text_model.embeddings.position_embedding.weight"][:n]
+        causal = np.triu(np.full((n, n), -np.inf, x.dtype), 1)  # a token sees itself and those before it
+        for i in range(self.config["num_hidden_layers"]):
+            penultimate, name = x, f"text_model.encoder.layers.{i}"
+            h = self.layer_norm(f"{name}.layer_norm1", x)
+            q, k, v = self.to_heads([f"{name}.self_attn.{part}_proj" for part in "qkv"], heads, h)
+            x = x + self.linear(f"{name}.self_attn.out_proj", attend(q, k, v, bias=causal))
+            h = self.linear(f"{name}.mlp.fc1", self.layer_norm(f"{name}.layer_norm2", x))
+            x = x + self.linear(f"{name}.mlp.fc2", activation(h))
+        last = self.layer_norm("text_model.final_layer_norm", x)
+        first_end = (ids == self.config["eos_token_id"]).argmax(axis=1)  # CLIP-L pads with the end token too
+        return penultimate, self.linear("text_projection", last[np.arange(len(ids)), first_end])
+
+
+class T5(Network):
+    def encode(self, ids: Array) -> Array:
+        """ids (b, n) → the last states (b, n, d). Padding is not masked: SD3 was trained on the states of all."""
+        x, bias = self.w["shared.weight"][ids], self.position_bias(ids.shape[1])
+        for i in range(self.config["num_layers"]):
+            attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+            h = self.rms_norm(f"{attention}.layer_norm", x)
+            names = [f"{attention}.SelfAttention.{part}" for part in "qkv"]
+            read = attend(*self.to_heads(names, self.config["num_heads"], h), scale=1, bias=bias)  # not divided by √k
+            x = x + self.linear(f"{attention}.SelfAttention.o", read)
+            h = self.rms_norm(f"{mlp}.layer_norm", x)
+            h = gelu_tanh(self.linear(f"{mlp}.DenseReluDense.wi_0", h)) * self.linear(f"{mlp}.DenseReluDense.wi_1", h)
+            x = x + self.linear(f"{mlp}.DenseReluDense.wo", h)
+        return self.rms_norm("encoder.final_layer_norm", x)
+
+    def position_bias(self, n: int) -> Array:
+        """What every layer adds to its logits, (h, query, key), by the distance of key and query: half of the buckets
+        for each direction; half of those for one distance each, the others grow by logarithm."""
+        distance = np.arange(n)[None, :] - np.arange(n)[:, None]  # key − query
+        half, far = self.config["relative_attention_num_buckets"] // 2, np.abs(distance)
+        exact = half // 2
+        span = np.float32(math.log(self.config["relative_attention_max_distance"] / exact))
+        growth = np.log(np.maximum(far, 1).astype(np.float32) / exact) / span  # at an edge float32's rounding decides
+        grown = np.minimum(exact + (growth * (half - exact)).astype(int), half - 1)
+        bucket = np.where(far < exact, far, grown) + half * (distance > 0)
+        return self.w["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][bucket].transpose(2, 0, 1)
+
+
+def encode(parts: dict[str, Network], inputs: dict[str, Array], record: dict[str, Array]) -> tuple[Array, Array]:
+    """Ids of g prompts → context (g, N, width): the states of both CLIPs side by side, padded with zeros to T5's width,
+    then T5's; and pooled (g, pooled_dim): the CLIPs' side by side."""
+    states_l, pooled_l = parts["clip_l"].encode(inputs["clip_l.ids"])
+    states_g, pooled_g = parts["clip_g"].encode(inputs["clip_g.ids"])
+    states, clips = parts["t5"].encode(inputs["t5.ids"]), np.concatenate([states_l, states_g], axis=2)
+    clips = np.pad(clips, ((0, 0), (0, 0), (0, states.shape[2] - clips.shape[2])))
+    context, pooled = np.concatenate([clips, states], axis=1), np.concatenate([pooled_l, pooled_g], axis=1)
+    record.update({"clip_l.penultimate": states_l, "clip_l.pooled": pooled_l, "clip_g.penultimate": states_g,
+                   "clip_g.pooled": pooled_g, "t5.states": states, "context": context, "pooled": pooled})
+    return context, pooled
