@@ -12,8 +12,21 @@ from repulsion import vendi_score
 from sampler.interpolate import blur
 from sampler.report import to_pixels
 from weights.tiny.captions import parse
-from weights.tiny.reader import adherence, attribute_vectors, closest_render, read
-from weights.tiny.world import ARRANGEMENTS, COLORS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, Thing
+from weights.tiny.reader import adherence, attribute_vectors, find_ground, find_things, read
+from weights.tiny.world import (
+    ARRANGEMENTS,
+    COLOR_RGB,
+    COLORS,
+    GROUNDS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    coverage,
+    pixel_grid,
+    signed_distance,
+)
 
 from .embedding import WIDTH, Embedding
 
@@ -63,6 +76,19 @@ def wrong_pixels(pixels: Tensor) -> list[int]:
     return (off > CLEARLY).sum(dim=(1, 2)).tolist()
 
 
+def closest_render(images: Tensor) -> Tensor:
+    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, 64, 64) in [-1, 1] → the same.
+
+    Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
+    """
+    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(64)
+    redrawn = find_ground(images)[0].clone()
+    for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
+        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius)
+        redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
+    return redrawn * 2 - 1
+
+
 def to_text(scene: Scene) -> str:
     """A scene as one short word list, "?" for what cannot be told: "center navy plain, circle red large"."""
     frame = [scene.arrangement, scene.ground, scene.texture]
@@ -87,7 +113,7 @@ def vendi_of_pairs(scenes: Sequence[Scene]) -> float:
     return mean([vendi_score(attribute_vectors(pair)).item() for pair in combinations(scenes, 2)])
 
 
-def coverage(prompt: str, scenes: Sequence[Scene]) -> float:
+def values_reached(prompt: str, scenes: Sequence[Scene]) -> float:
     """Share of the values that the prompt leaves open that occur at all among these pictures, 0 to 1.
 
     Counted for each attribute that the prompt leaves open for some thing, then averaged.

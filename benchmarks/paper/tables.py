@@ -15,7 +15,7 @@ from weights.tiny.reader import adherence
 from weights.tiny.world import render, sample_scene
 
 from .embedding import Embedding
-from .measures import bootstrap, coverage, kernel_distance, mean, to_scene, vectors_of, vendi_of_pairs
+from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached, vectors_of, vendi_of_pairs
 from .plan import BATCHES, GROUP, REGIMES, ablations, fronts
 
 KEPT = 3.0  # points of adherence that a method may lose where one figure is to stand for its whole front
@@ -77,7 +77,7 @@ class Results:
             bootstrap(by_prompt, lambda m: m[..., 1] / m[..., 6]),
             bootstrap(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 7])),
             bootstrap(by_prompt, lambda m: m[..., 3] - m[..., 8]),
-            mean([coverage(prompt, scenes) for prompt, scenes in shown.items()]),
+            mean([values_reached(prompt, scenes) for prompt, scenes in shown.items()]),
             kernel_distance(torch.cat([vectors_of(mine[key]) for key in both]), renders(tuple(pairs))),
             (times[:, 0] / times[:, 1]).median().item(), len(both),
         )  # fmt: skip

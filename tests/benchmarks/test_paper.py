@@ -52,9 +52,10 @@ def test_a_torn_thing_counts_about_what_it_lacks():
 def test_coverage_counts_what_the_prompt_leaves_open():
     circle = [Scene((Thing("circle", color, "small"),), "left", "navy", "plain") for color in ("red", "blue")]
     # colors 2 of 7, sizes 1 of 3, arrangements 1 of 5, grounds 1 of 6, textures 1 of 4
-    assert measures.coverage("a circle", circle) == pytest.approx((2 / 7 + 1 / 3 + 1 / 5 + 1 / 6 + 1 / 4) / 5)
-    assert measures.coverage("a circle on a plain navy ground", circle) == pytest.approx((2 / 7 + 1 / 3 + 1 / 5) / 3)
-    assert measures.coverage("a small red circle on the left on a plain navy ground", circle) == 1
+    assert measures.values_reached("a circle", circle) == pytest.approx((2 / 7 + 1 / 3 + 1 / 5 + 1 / 6 + 1 / 4) / 5)
+    reached = measures.values_reached("a circle on a plain navy ground", circle)
+    assert reached == pytest.approx((2 / 7 + 1 / 3 + 1 / 5) / 3)
+    assert measures.values_reached("a small red circle on the left on a plain navy ground", circle) == 1
 
 
 def test_vendi_of_pairs_runs_from_one_to_two():

@@ -70,19 +70,6 @@ def read_chunk(images: Tensor) -> list[Scene]:
     return [arrange(*found) for found in zip(things, grounds, textures, strict=True)]
 
 
-def closest_render(images: Tensor) -> Tensor:
-    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, 64, 64) in [-1, 1] → the same.
-
-    Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
-    """
-    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(64)
-    redrawn = find_ground(images)[0].clone()
-    for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
-        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius)
-        redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
-    return redrawn * 2 - 1
-
-
 def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
     """The things in pictures (b, 3, 64, 64) on their sheets, one after the other: rows, and of each
 

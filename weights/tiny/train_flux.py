@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdit import MMDiT, MMDiTConfig
 
 from ..embedded import EMBEDDED
+from ..load import load_transformer
 from .data import LENGTH, Data, noised
 from .export import export_flux
 from .loop import batches, train
@@ -28,15 +29,14 @@ SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "prompt_tok
             "repulsion": {"diversity": 0.3, "iterations": 5, "steps": 2}}
 
 
-def distill(teacher: Teacher, reader: FluxReader, data: Data, latents: Tensor, folder: Path, steps: int,
-            lr: float) -> MMDiT:
+def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, latents: Tensor, folder: Path,
+            steps: int, lr: float) -> None:
     """The student learns the teacher's guided velocity from its own conditioning and the guidance.
 
     Two guidances for each pair of the teacher's passes, which cost more than the student's one. In half of the
     captions the student's pooled vector is the empty caption's: no path may carry the prompt alone.
     """
     device = teacher.device
-    student = start_at_zero(MMDiT(TRANSFORMER)).to(device)
     pick = batches(len(data.scenes), 32, data.seed + 2)
     empty = reader([""])[1]
 
@@ -55,13 +55,13 @@ def distill(teacher: Teacher, reader: FluxReader, data: Data, latents: Tensor, f
 
     train("student", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
           device=device)
-    return student
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
     parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from nothing)")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
@@ -74,7 +74,9 @@ def main() -> None:
     data = Data.sample(args.scenes, args.seed)
     teacher = Teacher(args.teacher, args.device)
     reader = FluxReader(teacher)
-    student = distill(teacher, reader, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
+    student = load_transformer(args.start, dtype=torch.float32) if args.start else start_at_zero(MMDiT(TRANSFORMER))
+    student = student.to(args.device)
+    distill(teacher, reader, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, reader.clip, reader.t5, student, teacher.autoencoder, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")

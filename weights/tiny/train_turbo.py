@@ -18,6 +18,7 @@ from tqdm import trange
 from mmdit import MMDiT
 
 from ..embedded import EMBEDDED
+from ..load import load_transformer
 from .data import Data
 from .export import export_sd3
 from .loop import batches, save_whole, train
@@ -25,7 +26,7 @@ from .teacher import Teacher
 
 SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
 STEPS = 4
-FINE = 7  # steps of the teacher in each of the student's, all but the last
+FINE = 5  # steps of the teacher in each of the student's, all but the last
 GUIDANCE = 4.5
 CHUNK = 64  # trajectories painted at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
@@ -74,11 +75,9 @@ def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Ten
     return torch.cat([torch.load(file, weights_only=True)["ways"] for file in files])
 
 
-def distill(teacher: Teacher, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> MMDiT:
+def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> None:
     """The student learns (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a step k drawn at random."""
     device = teacher.device
-    student = MMDiT(teacher.transformer.config).to(device)
-    student.load_state_dict(teacher.transformer.state_dict())
     levels, pick = noise_levels(STEPS).to(device, torch.float32), batches(len(ways), 64, data.seed + 4)
     captions = [caption for chunk in range(len(ways) // CHUNK) for caption in captions_of(data, chunk)]
     share = torch.ones(STEPS)
@@ -93,14 +92,14 @@ def distill(teacher: Teacher, data: Data, ways: Tensor, folder: Path, steps: int
         return F.mse_loss(found.float(), (after - here) / length)
 
     train("turbo", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
-    return student
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
     parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
-    parser.add_argument("--trajectories", type=int, default=12_800, help=f"of the teacher; a multiple of {CHUNK}")
+    parser.add_argument("--start", type=Path, help="go on from this tiny-turbo (default: from the teacher)")
+    parser.add_argument("--trajectories", type=int, default=8192, help=f"of the teacher; a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--seed", type=int, default=20)
@@ -113,7 +112,8 @@ def main() -> None:
     data = Data.sample(args.trajectories, args.seed)
     teacher = Teacher(args.teacher, args.device)
     ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
-    student = distill(teacher, data, ways, args.out, args.steps, args.lr)
+    student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
+    distill(teacher, student, data, ways, args.out, args.steps, args.lr)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
                SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
