@@ -97,10 +97,10 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
         if share is None:
             length = scale / iterations
         else:
-            value = value.detach()
-            start = value if start is None else start
+            start = value.detach() if start is None else start
             goal = start + (step + 1) / iterations * share * (highest - start)
-            length = step_length(now, d, value, goal, value_of)[..., None, None]
+            groups = zip(now, d, value.tolist(), goal.tolist(), strict=True)
+            length = gram.new_tensor([step_length(*group, value_of) for group in groups])[:, None, None]
         mixing = mixing + length * (d @ current)
     return mixing
 
@@ -113,39 +113,37 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
 
 
-def step_length(gram: Tensor, d: Tensor, value: Tensor, goal: Tensor, value_of: Objective) -> Tensor:
-    """How far to go along the gradient from H = value to goal: gram, d (g, B, B), the others (g,) → (g,), 0 or more.
+def step_length(gram: Tensor, d: Tensor, value: float, goal: float, value_of: Objective) -> float:
+    """How far one group goes along the gradient from H = value to goal: gram, d (B, B) → 0 or more.
 
     H rises along its gradient up to a peak. Lengths 2^k / 2s are tried, s the largest absolute row sum of D and k = 0,
     1, …, until H is past the goal or its peak, then false position (Illinois) until all but CLOSE of the way is gone.
     Where the peak is below the goal: the last length tried before it. Where nothing moves, or the goal is behind: 0.
     """
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    speed, gap_low = d.abs().sum(-1).max().item(), value - goal
+    if speed == 0 or gap_low >= 0:
+        return 0.0
+    linear = d @ gram
+    linear, square = linear + linear.mT, linear @ d.mT  # (I + L D) G (I + L D)ᵀ is G + L (linear + L square)
 
-    def gap(length: Tensor) -> Tensor:
-        moved = identity + length[..., None, None] * d
-        return value_of(cosines(moved @ gram @ moved.mT)[0]) - goal
+    def gap(length: float) -> float:
+        return value_of(cosines(gram + length * (linear + length * square))[0]).item() - goal
 
-    speed = d.abs().sum(-1).amax(-1)
-    low = torch.zeros_like(speed)
-    gap_low = value - goal
-    rising = (speed > 0) & (gap_low < 0)
-    high = torch.where(rising, 0.5 / torch.where(speed > 0, speed, 1), 0)
+    low, high, was_above = 0.0, 0.5 / speed, False
     gap_high = gap(high)
-    while (rising := rising & (gap_high < 0) & (gap_high > gap_low)).any():
-        low, gap_low = torch.where(rising, high, low), torch.where(rising, gap_high, gap_low)
-        high = torch.where(rising, 2 * high, high)
+    while gap_low < gap_high < 0:
+        low, gap_low, high = high, gap_high, 2 * high
         gap_high = gap(high)
-    middle, search, was_above = low, (gap_low < 0) & (gap_high > 0), torch.zeros_like(rising)
-    for _ in range(50):
-        middle = torch.where(search, low - gap_low * (high - low) / (gap_high - gap_low), middle)
+    for _ in range(50 if gap_high > 0 else 0):
+        middle = low - gap_low * (high - low) / (gap_high - gap_low)
         gap_middle = gap(middle)
-        search = search & (gap_middle.abs() > CLOSE * (goal - value))
-        if not search.any():
-            break
+        if abs(gap_middle) <= CLOSE * (goal - value):
+            return middle
         above = gap_middle > 0
-        less = torch.where(above == was_above, 0.5, 1.0)  # an end that stays twice counts half, or it might for ever
-        high, low = torch.where(above, middle, high), torch.where(above, low, middle)
-        gap_high = torch.where(above, gap_middle, less * gap_high)
-        gap_low, was_above = torch.where(above, less * gap_low, gap_middle), above
-    return middle
+        less = 0.5 if above == was_above else 1.0  # an end that stays twice counts half, or it might for ever
+        if above:
+            high, gap_high, gap_low = middle, gap_middle, less * gap_low
+        else:
+            low, gap_low, gap_high = middle, gap_middle, less * gap_high
+        was_above = above
+    return low

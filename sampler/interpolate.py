@@ -53,9 +53,8 @@ class ContextInterpolation:
     where: Repulsion
     tokens = "context"
 
-    @property
-    def steps(self) -> int:
-        return self.where.steps
+    def acts_at(self, step: int) -> bool:
+        return self.where.acts_at(step)
 
     def acts_in(self, block: int, num_blocks: int) -> bool:
         return self.where.acts_in(block, num_blocks)

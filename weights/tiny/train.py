@@ -39,7 +39,7 @@ AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
                           pooled_dim=32, position="table", position_table_size=16)
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"diversity": 0.95, "iterations": 2, "steps": 4, "blocks": [0, 1, 2, 3, 4], "site": "block",
+            "repulsion": {"diversity": 0.95, "iterations": 2, "steps": 4, "blocks": "first", "site": "block",
                           "branches": "conditional"}}
 
 
