@@ -32,14 +32,14 @@ KEPT = 0.03  # adherence that a dose may cost
 
 
 def raised(gram: Tensor, mixing: Tensor, repulsion: Repulsion) -> float:
-    """H of one group (B, B) once C has become C + E C."""
+    """H of one group (1, B, B) once C has become C + E C."""
     moved = gram + mixing @ gram
     kernel, _ = cosines(moved + moved @ mixing.mT)
     return OBJECTIVES[repulsion.objective](density_matrix(kernel, repulsion.kernel_reg)).item()
 
 
 def equivalent_scale(gram: Tensor, repulsion: Repulsion) -> float | None:
-    """The η that raises H as far as the repulsion's diversity does: gram (B, B) float64. None where nothing moves.
+    """The η that raises H as far as the repulsion's diversity does: gram (1, B, B) float64. None where nothing moves.
 
     H rises with η up to a peak far beyond any useful dose; below it the η is found by bisection, to one in a thousand.
     """
@@ -51,7 +51,7 @@ def equivalent_scale(gram: Tensor, repulsion: Repulsion) -> float | None:
     def reaches(scale: float) -> bool:
         return raised(gram, mixing_matrix(gram, scale, *settings), repulsion) >= goal
 
-    high = 1e-6 * gram.diagonal().mean().item()  # η has the unit of a squared length
+    high = 1e-6 * gram[0].diagonal().mean().item()  # η has the unit of a squared length
     while not reaches(high):
         high *= 2
         if not math.isfinite(high):
@@ -72,7 +72,7 @@ class Measured(Repulsion):
     def _repel(self, tokens: Tensor, groups: int) -> Tensor:
         vectors = rearrange(tokens, "(g b) n d -> g b (n d)", g=groups)
         grams = gram_matrix(vectors)[-1:] if self.branches == "conditional" else gram_matrix(vectors)
-        self.scales.extend(scale for gram in grams if (scale := equivalent_scale(gram, self)))
+        self.scales.extend(scale for gram in grams.split(1) if (scale := equivalent_scale(gram, self)))
         return super()._repel(tokens, groups)
 
 

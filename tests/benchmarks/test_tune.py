@@ -20,20 +20,20 @@ def tokens(seed=0):
 def test_the_scale_pushes_as_far_as_the_dose(iterations, diversity):
     batch = tokens()
     dose = Repulsion(diversity=diversity, iterations=iterations)
-    scale = tune.equivalent_scale(gram_matrix(batch.flatten(1)[None])[0], dose)
+    scale = tune.equivalent_scale(gram_matrix(batch.flatten(1)[None]), dose)
     by_dose, by_scale = (vendi_score(repel(batch, s, iterations, diversity=d).flatten(1)).log().item()
                          for s, d in ((None, diversity), (scale, None)))
     assert by_scale == pytest.approx(by_dose, rel=2e-3)  # η is found to one in a thousand
 
 
 def test_the_scale_is_a_squared_length():
-    gram = gram_matrix(tokens().flatten(1)[None])[0]
+    gram = gram_matrix(tokens().flatten(1)[None])
     one, hundred = (tune.equivalent_scale(factor * gram, Repulsion(diversity=0.3)) for factor in (1, 100))
     assert hundred == pytest.approx(100 * one, rel=2e-3)
 
 
 def test_where_nothing_moves_there_is_no_scale():
-    assert tune.equivalent_scale(torch.ones(3, 3, dtype=torch.float64), Repulsion(diversity=0.3)) is None
+    assert tune.equivalent_scale(torch.ones(1, 3, 3, dtype=torch.float64), Repulsion(diversity=0.3)) is None
 
 
 @pytest.mark.parametrize("branches,pushes", [("all", 2), ("conditional", 1)])
