@@ -1,7 +1,6 @@
 """Tensors by name, integers among them, in .safetensors and .npz files."""
 
 import ast
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from weights.files import DTYPES as REAL
 from weights.files import read_header
+from weights.writing import write_safetensors
 
 DTYPES = REAL | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                  "BOOL": torch.bool}
@@ -19,21 +19,8 @@ NUMPY = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": 
 
 
 def write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A .safetensors file: the header's length in 8 bytes, the header in JSON, the numbers."""
-    words = {dtype: word for word, dtype in DTYPES.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # wide first: all lie aligned
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with file.open("wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            numbers = bytearray(tensor.nbytes)
-            torch.frombuffer(numbers, dtype=tensor.dtype).copy_(tensor.flatten())
-            out.write(numbers)
+    """A .safetensors file."""
+    write_safetensors(file, tensors, {dtype: word for word, dtype in DTYPES.items()})
 
 
 def read(file: Path) -> dict[str, Tensor]:

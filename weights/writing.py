@@ -23,7 +23,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if path.suffix != ".safetensors" or path.is_dir():
         raise CheckpointError(f"{path}: the original layout is one file, so give a name that ends in .safetensors")
     with _scratch_beside(path) as scratch:
-        _write_safetensors(scratch / path.name, tensors)
+        write_safetensors(scratch / path.name, tensors)
         os.replace(scratch / path.name, path)
 
 
@@ -47,7 +47,7 @@ def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str,
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            _write_safetensors(new / f"{stem}{part}.safetensors", {name: tensors[name] for name in shard})
+            write_safetensors(new / f"{stem}{part}.safetensors", {name: tensors[name] for name in shard})
             weight_map |= dict.fromkeys(shard, f"{stem}{part}.safetensors")
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -92,7 +92,7 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[torch.dtype, str] = WORDS) -> None:
     """The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other.
 
     Written here rather than by the library so that one tensor at a time passes through memory, from any device.
@@ -100,10 +100,10 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # wide first: all lie aligned
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in WORDS:
-            raise CheckpointError(f"{file.name}: tensor {name} is {tensor.dtype}, expected one of {list(WORDS)}")
+        if tensor.dtype not in words:
+            raise CheckpointError(f"{file.name}: tensor {name} is {tensor.dtype}, expected one of {list(words)}")
         end = offset + tensor.nbytes
-        header[name] = {"dtype": WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
