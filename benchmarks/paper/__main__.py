@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weights import EMBEDDED
 
-from .plan import REGIMES, finalists, jobs
+from .plan import REGIMES, finalists, in_first_round, jobs
 from .run import costs, finished, run
 from .tables import Results, finalist_settings, report
 
@@ -52,7 +52,7 @@ def paint_all(args: argparse.Namespace, groups: Path, cost: Path) -> None:
     for model in args.models:
         run(jobs([model], args.quick), groups, args.workers, model)
         if not args.quick:
-            best = finalist_settings(Results(finished(groups)), [model])
+            best = finalist_settings(Results(filter(in_first_round, finished(groups))), [model])
             run(finalists(best), groups, args.workers, f"{model}, second round")
     known = json.loads(cost.read_text()) if cost.exists() else []
     for model in args.models:

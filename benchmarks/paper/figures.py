@@ -11,7 +11,7 @@ from sampler import output
 
 from .plan import REGIMES, ablations, call_of
 from .run import pipeline_of
-from .tables import Result, Results, best_within, front
+from .tables import Result, Results, best_within, front, longest_seen
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 11, "axes.spines.top": False,
@@ -39,7 +39,7 @@ def price_of(result: Result, price: str) -> tuple[float, float, float]:
 
 
 def fronts_figure(results: Results, models: list[str], price: str, folder: Path) -> None:
-    """Gain against a price, a panel a regime: all settings faint, each method's front as a line."""
+    """Gain against a price, a panel a regime: all settings faint, the front of each method's finalists as a line."""
     figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.8), layout="constrained",
                                      squeeze=False)
     for model, panel in zip(models, panels[0], strict=True):
@@ -56,10 +56,10 @@ def fronts_figure(results: Results, models: list[str], price: str, folder: Path)
 
 def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> None:
     color, bold = COLORS[method], method == "contextual repulsion"
-    found = [r for r in found if price_of(r, price)[0] <= SHOWN[price]]
-    panel.scatter([price_of(r, price)[0] for r in found], [r.gain[0] for r in found], s=14, color=color, alpha=0.35)
-    best = front(found, price)
-    points = [(price_of(r, price), r.gain) for r in best]
+    def shown(results: list[Result]) -> list[tuple]:
+        return [(price_of(r, price), r.gain) for r in results if price_of(r, price)[0] <= SHOWN[price]]
+    panel.scatter([x[0] for x, _ in shown(found)], [y[0] for _, y in shown(found)], s=14, color=color, alpha=0.35)
+    points = shown(front(longest_seen(found), price))
     panel.plot([x[0] for x, _ in points], [y[0] for _, y in points], "o-", color=color, label=method,
                linewidth=2.6 if bold else 1.3, markersize=6 if bold else 4, zorder=3 if bold else 2)
     for (x, x_low, x_high), (y, y_low, y_high) in points:

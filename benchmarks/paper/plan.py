@@ -17,6 +17,8 @@ from ..effect import OPEN
 REGIMES = {"tiny-sd3": "guided, 20 steps", "tiny-flux": "guidance-distilled, 20 steps", "tiny-turbo": "4 steps"}
 BUDGET = 12  # settings that each method may try in each regime
 GROUP = 4  # pictures, as in the paper
+SCREEN = OPEN[::2]  # the prompts of the first round, in which all settings are tried once
+FINAL_SEEDS = 2  # of the second, in which a method's best settings see all prompts
 
 
 @dataclass(frozen=True)
@@ -121,29 +123,35 @@ BATCHES = [2, 4, 8, 16, 32]
 
 def jobs(models: list[str], quick: bool) -> list[Job]:
     """All groups of the first round, regime by regime. `quick`: four prompts, and three settings of each method."""
-    prompts, found = OPEN[::5] if quick else OPEN, []
+    few, all_prompts, final_seeds = (OPEN[::5], OPEN[::5], 1) if quick else (SCREEN, OPEN, FINAL_SEEDS)
+    found: list[Job] = []
 
-    def add(model: str, method: str, setting: dict, seeds: int, images: int = GROUP) -> None:
+    def add(model: str, method: str, setting: dict, prompts: list[str], seeds: int = 1, images: int = GROUP) -> None:
         found.extend(Job(model, method, json.dumps(setting), prompt, seed, images)
                      for seed in range(seeds) for prompt in prompts)
 
     for model in models:
-        add(model, "base", {}, seeds=1 if quick else 3)
-        add(model, "contextual repulsion", {"repulsion": {}}, seeds=1 if quick else 3)
+        add(model, "base", {}, all_prompts, final_seeds)
+        add(model, "contextual repulsion", {"repulsion": {}}, all_prompts, final_seeds)
         for method, settings in fronts(model).items():
             for setting in settings[1::4] if quick else settings:
-                add(model, method, setting, seeds=1)
+                add(model, method, setting, few)
         for name, rows in ablations(model).items():
             if name == "knob" or not quick:
                 for setting in rows.values():
-                    add(model, name, setting, seeds=1 if quick else 2)
+                    add(model, name, setting, all_prompts, final_seeds if name == "knob" else 1)
         for images in [] if quick else BATCHES:
             for setting in ({}, {"repulsion": {}}):
-                add(model, "batch", setting, seeds=1, images=images)
+                add(model, "batch", setting, few, images=images)
     return list({job.key: job for job in found}.values())
 
 
+def in_first_round(row: dict) -> bool:
+    """Whether a row of results counts where a method's best settings are chosen: those of the second do not."""
+    return row["prompt"] in SCREEN and row["seed"] == 0
+
+
 def finalists(best: dict[tuple[str, str], list[dict]]) -> list[Job]:
-    """The second round: two more seeds for the settings on their method's front; (model, method) → settings."""
-    return [Job(model, method, json.dumps(setting), prompt, seed)
-            for (model, method), settings in best.items() for setting in settings for seed in (1, 2) for prompt in OPEN]
+    """The second round: all prompts and two seeds for a method's best settings; (model, method) → settings."""
+    return [Job(model, method, json.dumps(setting), prompt, seed) for (model, method), settings in best.items()
+            for setting in settings for seed in range(FINAL_SEEDS) for prompt in OPEN]

@@ -19,6 +19,7 @@ from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached
 from .plan import BATCHES, GROUP, REGIMES, ablations, fronts
 
 KEPT = 3.0  # points of adherence that a method may lose where one figure is to stand for its whole front
+CAPS = 1, KEPT, 8  # likewise, for the second round
 RENDERS = 64  # for each prompt, what KID compares with
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
 
@@ -115,19 +116,24 @@ def front(results: list[Result], price: str) -> list[Result]:
 
 
 def finalist_settings(results: Results, models: list[str]) -> dict[tuple[str, str], list[dict]]:
-    """(model, method) → its settings that deserve a longer look: on its front, not over 10 points, at most four."""
+    """(model, method) → its settings that deserve a longer look: the largest gain within each of CAPS points."""
     found = {}
     for model in models:
         for method, tried in results.front_results(model).items():
-            kept = [r for r in front(tried, "adherence") if r.adherence[0] >= -10 and r.gain[0] > 1][-4:]
-            found[model, method] = [r.setting for r in kept]
+            best = [best_within([r for r in tried if r.gain[0] > 1], points) for points in CAPS]
+            found[model, method] = list({json.dumps(r.setting): r.setting for r in best if r}.values())
     return found
 
 
-def best_within(results: list[Result], points: float = KEPT) -> Result | None:
-    """The largest gain at no more than so many points of adherence, of what was measured on most groups."""
+def longest_seen(results: list[Result]) -> list[Result]:
+    """Those that were measured on most groups: a method's finalists, where there was a second round."""
     most = max((r.groups for r in results), default=0)
-    kept = [r for r in results if r.groups == most and r.adherence[0] >= -points]
+    return [r for r in results if r.groups == most]
+
+
+def best_within(results: list[Result], points: float = KEPT) -> Result | None:
+    """The largest gain at no more than so many points of adherence, of `longest_seen`."""
+    kept = [r for r in longest_seen(results) if r.adherence[0] >= -points]
     return max(kept, key=lambda r: r.gain[0], default=None)
 
 

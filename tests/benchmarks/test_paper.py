@@ -212,13 +212,33 @@ def test_the_best_within_points_was_looked_at_as_long_as_any():
     assert tables.best_within([dear]) is None and tables.best_within([]) is None
 
 
+def row(setting, prompt, seed, vendi, adherence, model="m"):
+    group = {"vendi": vendi, "vendi_embedding": vendi, "adherence": adherence, "wrong_pixels": 10.0 * vendi}
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)).half().numpy().tobytes()
+    text = [measures.to_text(scene) for scene in scenes_of(2, seed)]
+    return {"model": model, "setting": setting, "images": 4, "prompt": prompt, "seed": seed, **group, "scenes": text,
+            "embedding": measures.base64.b64encode(vectors).decode(), "milliseconds": 1000.0 * vendi}
+
+
+def test_the_second_round_sees_the_best_at_each_price_and_never_changes_its_mind():
+    # Lower guidance, by hand: gains 1.1 to 1.4 at 0, 2, 2 and 7 points, then a dear 1.5 and one that gains nothing.
+    settings = plan.fronts("tiny-sd3")["lower guidance"][:6]
+    tried = [(1.1, 1.0), (1.2, 0.98), (1.3, 0.98), (1.4, 0.93), (1.5, 0.9), (0.9, 1.0)]
+    first = [row({}, prompt, 0, 1.0, 1.0, "tiny-sd3") for prompt in plan.SCREEN]
+    first += [row(setting, prompt, 0, *found, "tiny-sd3") for setting, found in zip(settings, tried, strict=True)
+              for prompt in plan.SCREEN]
+    later = [{**one, "seed": 1, "vendi": 9.0} for one in first[-20:]]
+
+    def chosen(rows):
+        results = tables.Results(filter(plan.in_first_round, rows))
+        return tables.finalist_settings(results, ["tiny-sd3"])
+    best = {("tiny-sd3", "lower guidance"): [settings[0], settings[2], settings[3]]}
+    assert chosen(first) == chosen(first + later) == best
+    jobs = plan.finalists(best)
+    assert len(jobs) == len({job.key for job in jobs}) == 3 * plan.FINAL_SEEDS * len(plan.OPEN)
+
+
 def test_a_result_compares_the_same_prompts_and_seeds():
-    def row(setting, prompt, seed, vendi, adherence):
-        group = {"vendi": vendi, "vendi_embedding": vendi, "adherence": adherence, "wrong_pixels": 10.0 * vendi}
-        vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)).half().numpy().tobytes()
-        text = [measures.to_text(scene) for scene in scenes_of(2, seed)]
-        return {"model": "m", "setting": setting, "images": 4, "prompt": prompt, "seed": seed, **group, "scenes": text,
-                "embedding": measures.base64.b64encode(vectors).decode(), "milliseconds": 1000.0 * vendi}
     rows = [row({}, "a circle", 0, 1.0, 1.0), row({}, "a circle", 1, 2.0, 1.0), row({}, "a star", 0, 1.0, 0.5),
             row({"guidance": 2}, "a circle", 0, 3.0, 0.75), row({"guidance": 2}, "a star", 0, 2.0, 0.5),
             row({"guidance": 2}, "a ring", 0, 9.0, 0.5)]  # no base to compare with
