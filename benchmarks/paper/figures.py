@@ -5,10 +5,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from PIL import Image, ImageDraw, ImageFont
 
-from sampler import output
-
+from ..sheets import sheet
 from .plan import REGIMES, ablations, call_of
 from .run import pipeline_of
 from .tables import Result, Results, best_within, front, longest_seen
@@ -98,17 +96,7 @@ def grid_figure(results: Results, model: str, folder: Path) -> None:
         for prompt in GRID_PROMPTS:
             pictures += pipeline(prompt, 4, seed=0, **call_of(setting, pipeline))
         rows[name] = pictures
-    sheets = {name: output.grid(pictures, columns=len(pictures)) for name, pictures in rows.items()}
-    width, height = next(iter(sheets.values())).size
-    font, margin, top = ImageFont.load_default(20), 260, 40
-    figure = Image.new("RGB", (margin + width, top + height * len(sheets)), "white")
-    draw = ImageDraw.Draw(figure)
-    for i, prompt in enumerate(GRID_PROMPTS):
-        draw.text((margin + output.GAP + i * width // len(GRID_PROMPTS), 8), f"“{prompt}”", fill="black", font=font)
-    for i, (name, sheet) in enumerate(sheets.items()):
-        figure.paste(sheet, (margin, top + i * height))
-        draw.text((margin - output.GAP, top + (i + 0.5) * height), name, fill="black", font=font, anchor="rm")
-    figure.save(folder / f"grid-{model}.png")
+    sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")
 
 
 def all_figures(results: Results, models: list[str], folder: Path) -> None:
