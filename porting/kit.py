@@ -84,8 +84,8 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str = "a circle", image
 
 def run_in(dtype: torch.dtype, model: str, prompt: str, images: int,
            steps: int | None) -> tuple[dict[str, Tensor], Run]:
-    """The tensors of a run whose networks compute in `dtype`."""
-    pipeline = Pipeline.load(model, dtype=dtype, device="cpu")
+    """The tensors of a run whose networks compute in `dtype`, and whose blocks stay in memory as they are stored."""
+    pipeline = Pipeline.load(model, dtype=dtype, device="cpu", offload="blocks")
     run = Run.of(pipeline, model, prompt, images, steps)
     with exact_features(pipeline.transformer, dtype == torch.float64):
         return record(pipeline, run), run

@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--tokenizers", metavar="PATH", nargs="+",
                    help="the folder that holds tokenizer, tokenizer_2, …, or a path for each text encoder")
     m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; moreover, the "
-                   "transformer's blocks visit the GPU one by one")
+                   "blocks of the large ones visit the GPU one by one")
     m.add_argument("--keep-float8", action="store_true", help="keep matrices stored in float8 so, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")

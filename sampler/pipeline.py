@@ -8,17 +8,18 @@ from typing import Literal
 import torch
 from einops import rearrange, repeat
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
 from repulsion import Repulsion
+from weights import Stored
 
 from .conditioning import TextEncoders
 from .defaults import Defaults, find_defaults, read_json
 from .guidance import SkipLayerGuidance
 from .kontext import reference_pixels
 from .methods import Method
-from .parts import Part, stream_blocks
+from .parts import Part, load_streamed
 from .schedule import euler, sigmas, starting_noise
 from .sources import find_sources
 
@@ -47,8 +48,9 @@ class Pipeline:
         What is where is settled and checked now (`find_sources`); numbers are read when a part is first used.
         `dtype` is that of all networks (default: float32 on the CPU, bfloat16 on a GPU; T5 is never float16); `device`
         defaults to the GPU where there is one. `offload`: "parts", text encoders, transformer and autoencoder are in
-        memory one at a time; "blocks", moreover the transformer's blocks stay in the CPU's memory and visit the GPU
-        one by one. `keep_float8`: float8 matrices stay so in memory and are widened as they are used.
+        memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in the CPU's memory,
+        as narrow as they are stored, and visit the GPU one by one. `keep_float8`: float8 matrices stay so in memory
+        and are widened as they are used.
         Raises FileNotFoundError for a name or file that is not there, and `weights.CheckpointError` (a ValueError)
         for one that cannot be right.
         """
@@ -62,15 +64,13 @@ class Pipeline:
         found = find_sources(name_or_path, transformer, autoencoder, text_encoders, tokenizers)
         main, free = found.transformer, offload is not None
 
-        def load_transformer() -> MMDiT:
-            if offload == "blocks":
-                return stream_blocks(main.load(dtype, "cpu", keep_float8), device)
-            return main.load(dtype, device, keep_float8)
+        def load(stored: Stored, dtype: torch.dtype) -> nn.Module:
+            return (load_streamed if offload == "blocks" else Stored.load)(stored, dtype, device, keep_float8)
 
         defaults = find_defaults(found.path, main.config)
         text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=defaults.prompt_tokens)
         for role, stored in found.text_encoders.items():
-            part = Part(partial(stored.load, text_dtype, device, keep_float8), free)
+            part = Part(partial(load, stored, text_dtype), free)
             if role == "t5":
                 text.t5 = T5Tokenizer(found.tokenizers[role]), part
             else:
@@ -80,8 +80,8 @@ class Pipeline:
             scheduler = read_json(found.scheduler)
             shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
         autoencoder = Part(partial(found.autoencoder.load, dtype, device), free)
-        return cls(Part(load_transformer, free), autoencoder, text, main.config, found.autoencoder.config.downscale,
-                   shift, defaults, dtype, device)
+        return cls(Part(partial(load, main, dtype), free), autoencoder, text, main.config,
+                   found.autoencoder.config.downscale, shift, defaults, dtype, device)
 
     @property
     def transformer(self) -> MMDiT:

@@ -28,6 +28,20 @@ class Stored:
     skeleton: nn.Module  # on the meta device; without the projection that `identity` stands for
     identity: int | None = None  # width of a projection that the file has not and that is the identity
 
+    @property
+    def narrowest(self) -> torch.dtype:
+        """The dtype of fewest bytes in which a tensor of it is stored."""
+        return min(self._dtypes, key=lambda dtype: dtype.itemsize)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The dtype of most bytes."""
+        return max(self._dtypes, key=lambda dtype: dtype.itemsize)
+
+    @property
+    def _dtypes(self) -> list[torch.dtype]:
+        return [DTYPES[entry.dtype] for entry in self.part.entries.values()]
+
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
              keep_float8: bool = False) -> nn.Module:
         """The module, each parameter read straight into `dtype` (None: as stored) on `device`; see `load_transformer`.

@@ -11,7 +11,17 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import TOKENIZERS, pixels, randomize
 
 import weights
-from mmdit import PRESETS, Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, T5Config, T5Encoder
+from mmdit import (
+    PRESETS,
+    Autoencoder,
+    AutoencoderConfig,
+    ClipConfig,
+    ClipTextEncoder,
+    MMDiT,
+    T5Config,
+    T5Encoder,
+    trace,
+)
 from repulsion import Repulsion
 from sampler import Pipeline
 from sampler.parts import StreamedBlocks, stream_blocks
@@ -157,6 +167,22 @@ def test_streamed_blocks_compute_the_same(originals, reference):
         assert isinstance(streamed.dual_blocks, StreamedBlocks)
         assert torch.equal(streamed(**inputs), expected)
     assert streamed.state_dict().keys() == model.state_dict().keys()
+
+
+def test_blocks_stay_as_narrow_as_they_are_stored_and_compute_the_same(originals, tmp_path):
+    # Widening is exact, so blocks that are widened at each visit give the very numbers of blocks that are kept wide.
+    family, folder = originals
+    shutil.copytree(folder, tmp_path / "narrow")
+    (file,) = (tmp_path / "narrow").rglob("transformer.safetensors")
+    weights.save_transformer(weights.load_transformer(file, dtype=torch.bfloat16), file)
+    call = parts_of(family, tmp_path / "narrow") | {"dtype": torch.float64, "device": "cpu"}
+    kept, streamed = Pipeline.load(**call), Pipeline.load(**call, offload="blocks")
+    model = streamed.transformer
+    assert {p.dtype for p in model.dual_blocks.parameters()} == {torch.bfloat16}
+    assert model.image_in.weight.dtype == torch.float64
+    with trace(model, "velocity") as found, trace(kept.transformer, "velocity") as wanted:
+        streamed(**CALL), kept(**CALL)
+    assert all(torch.equal(a["velocity.out"], b["velocity.out"]) for a, b in zip(found, wanted, strict=True))
 
 
 def test_offload_in_blocks_paints_the_same_pictures(originals, reference):
