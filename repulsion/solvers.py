@@ -108,9 +108,10 @@ def mixing_matrix(gram: Tensor, scale: float | None, iterations: int, objective:
 def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel of a Gram matrix and r, one over the vectors' lengths; 0 for a zero vector, which pushes nobody."""
     squared = gram.diagonal(dim1=-2, dim2=-1)
-    r = torch.where(squared > 0, squared, torch.inf).rsqrt()
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    return gram * r[..., :, None] * r[..., None, :] * (1 - identity) + identity, r
+    r = squared.rsqrt().nan_to_num_(posinf=0.0)
+    kernel = gram * r[..., :, None] * r[..., None, :]
+    kernel.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return kernel, r
 
 
 def step_length(gram: Tensor, d: Tensor, value: float, goal: float, value_of: Objective) -> float:
