@@ -88,17 +88,20 @@ class LatentInterpolation(Method):
 
 
 def interpolate(pipeline: Pipeline, prompt: str, source_seed: int, target_seed: int, alphas: tuple[float, ...],
-                where: Repulsion, steps: int | None = None) -> dict[str, list[Image.Image]]:
-    """A row of pictures, one for each α, through either space, both changed in the same denoising steps."""
+                where: Repulsion, steps: int | None = None, progress: bool = False) -> dict[str, list[Image.Image]]:
+    """A row of pictures, one for each α, through either space, both changed in the same denoising steps.
+
+    Both rows have the same alphas and start from the noises of the same two seeds. `progress` draws a bar for each.
+    """
     size = pipeline.defaults.height // pipeline.downscale, pipeline.defaults.width // pipeline.downscale
     source, target = (starting_noise(seed, 1, (pipeline.config.latent_channels, *size))
                       for seed in (source_seed, target_seed))
     noise = torch.cat([source.expand(len(alphas) + 1, -1, -1, -1), target])
     count, line = len(noise), LatentInterpolation(alphas=alphas, steps=where.steps)
-    contextual = pipeline(prompt, count, steps=steps, noise=noise, repulsion=ContextInterpolation(alphas, where),
-                          progress="contextual space")
-    latent = pipeline(prompt, count, steps=steps, noise=between(noise, alphas), method=line, progress="latent space")
-    return {"contextual space": contextual[:-2], "latent space": latent[:-2]}
+    ways = {"contextual space": {"noise": noise, "repulsion": ContextInterpolation(alphas, where)},
+            "latent space": {"noise": between(noise, alphas), "method": line}}
+    return {name: pipeline(prompt, count, steps=steps, **way, progress=name if progress else None)[:-2]
+            for name, way in ways.items()}
 
 
 def blur(pictures: list[Image.Image]) -> list[float]:
@@ -163,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline = Pipeline.load(args.model)
     steps = pipeline.defaults.steps if args.steps is None else args.steps
     where = Repulsion(0.0, steps=steps if args.first is None else args.first, blocks=args.blocks, site=args.site)
-    rows = interpolate(pipeline, args.prompt, args.source_seed, args.target_seed, ALPHAS, where, steps)
+    rows = interpolate(pipeline, args.prompt, args.source_seed, args.target_seed, ALPHAS, where, steps, progress=True)
     about = {"prompt": args.prompt, "model": args.model or "tiny-sd3", "source_seed": args.source_seed,
              "target_seed": args.target_seed, "alphas": ALPHAS, "steps": steps, "first": where.steps,
              "blocks": where.blocks, "site": where.site}
