@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-EMBEDDED = {name: Path(__file__).parent / "checkpoints" / name for name in ("tiny-sd3",)}
+EMBEDDED = {name: Path(__file__).parent / "checkpoints" / name for name in ("tiny-sd3", "tiny-flux", "tiny-turbo")}

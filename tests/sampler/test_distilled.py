@@ -1,5 +1,6 @@
 """The teacher, and the training scripts of tiny-flux and tiny-turbo for a few steps: their folders are pipelines."""
 
+import json
 import sys
 
 import diffusers
@@ -10,6 +11,7 @@ from small_pipelines import assert_same_pictures
 
 import weights
 from sampler import Pipeline, euler, sigmas, starting_noise
+from weights import load_transformer
 from weights.tiny import train_flux, train_turbo
 from weights.tiny.teacher import FluxReader, Teacher
 
@@ -38,6 +40,16 @@ def turbo(tmp_path_factory):
     return made_by(train_turbo, tmp_path_factory.mktemp("tiny-turbo"), "--steps", "2", "--trajectories", "64")
 
 
+@pytest.fixture(params=["made now", "shipped"])
+def flux_folder(request, flux):
+    return flux if request.param == "made now" else weights.EMBEDDED["tiny-flux"]
+
+
+@pytest.fixture(params=["made now", "shipped"])
+def turbo_folder(request, turbo):
+    return turbo if request.param == "made now" else weights.EMBEDDED["tiny-turbo"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def short_trajectories():
     with pytest.MonkeyPatch.context() as patch:
@@ -59,15 +71,29 @@ def test_the_teacher_moves_as_the_pipeline_does(teacher):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+def test_the_flux_student_starts_as_its_teacher_where_positions_say_nothing(teacher):
+    # A picture of one patch stands at 0, where RoPE turns nothing; the teacher's table is taken out, and its pooled
+    # vector, which the student's way in ignores at first as it does the guidance.
+    model = load_transformer(FOLDER, dtype=torch.float64)
+    model.position_table.zero_()
+    student = train_flux.student_of(model).double()
+    torch.manual_seed(0)
+    latent, context = torch.randn(3, 6, 2, 2).double(), torch.randn(3, 24, 128).double()
+    sigma = torch.tensor([0.2, 0.6, 1.0])
+    wanted = model(latent, sigma, context, torch.zeros(3, 32).double())
+    found = student(latent, sigma, context, torch.randn(3, 48).double(), guidance=torch.tensor([1.0, 3.0, 7.0]))
+    assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+
+
 def test_the_reader_reads_as_a_flux_pipeline_does(teacher, flux):
     context, pooled = FluxReader(teacher)(["a small blue ring"])
     for ours, theirs in zip((context, pooled), Pipeline.load(flux).text("a small blue ring"), strict=True):
         assert (ours - theirs).norm() <= 2**-7 * theirs.norm()  # the folder holds bfloat16
 
 
-def test_diffusers_paints_the_same_pictures_from_the_flux_folder(flux):
-    ours = Pipeline.load(flux)
-    theirs = diffusers.FluxPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+def test_diffusers_paints_the_same_pictures_from_the_flux_folder(flux_folder):
+    ours = Pipeline.load(flux_folder)
+    theirs = diffusers.FluxPipeline.from_pretrained(flux_folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = starting_noise(0, 2, (6, 16, 16))
     packed = rearrange(noise, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2)
@@ -76,13 +102,13 @@ def test_diffusers_paints_the_same_pictures_from_the_flux_folder(flux):
     assert_same_pictures(ours("a circle", 2, noise=noise, steps=4), expected)
 
 
-def test_diffusers_paints_the_same_pictures_from_the_turbo_folder(turbo):
-    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(turbo, torch_dtype=torch.float32)
+def test_diffusers_paints_the_same_pictures_from_the_turbo_folder(turbo_folder):
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(turbo_folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = starting_noise(0, 2, (6, 16, 16))
     expected = theirs("a circle", num_images_per_prompt=2, num_inference_steps=4, guidance_scale=0.0, height=64,
                       width=64, max_sequence_length=24, latents=noise).images
-    assert_same_pictures(Pipeline.load(turbo)("a circle", 2, noise=noise), expected)
+    assert_same_pictures(Pipeline.load(turbo_folder)("a circle", 2, noise=noise), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 22])
@@ -129,3 +155,14 @@ def test_a_number_of_trajectories_that_fills_no_chunk_is_refused(capsys, tmp_pat
         made_by(train_turbo, tmp_path / "out", "--trajectories", "100")
     assert stop.value.code == 2 and "multiple of 64" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", weights.EMBEDDED)
+def test_a_shipped_checkpoint_is_small(name):
+    assert sum(file.stat().st_size for file in weights.EMBEDDED[name].rglob("*") if file.is_file()) <= 20e6
+
+
+@pytest.mark.parametrize("script", [train_flux, train_turbo])
+def test_the_shipped_defaults_are_those_that_the_script_writes(script):
+    folder = weights.EMBEDDED[script.__name__.rpartition(".")[2].replace("train_", "tiny-")]
+    assert json.loads((folder / "sampling.json").read_text()) == script.SAMPLING

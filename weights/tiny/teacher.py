@@ -7,12 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
 
 from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .data import Data, encode
 
+FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # where nothing is trained
 TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
 
 
@@ -56,7 +58,8 @@ class Teacher(nn.Module):
         """
         both = [torch.cat([empty.expand_as(told), told])
                 for empty, told in zip(self.empty, condition, strict=True)]
-        twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
+        with sdpa_kernel(FASTEST):
+            twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
         unconditional, conditional = twice.float().chunk(2)
         return [torch.lerp(unconditional, conditional, rearrange(w, "b -> b 1 1 1")) for w in guidance]
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit import MMDiT, MMDiTConfig
 
@@ -22,11 +22,27 @@ from .loop import batches, train
 from .teacher import FluxReader, Teacher
 from .train import start_at_zero
 
-TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=4, num_single_blocks=6, latent_channels=6,
+TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # what the student is told lies between
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "prompt_tokens": LENGTH, "world": "tiny",
-            "repulsion": {"diversity": 0.3, "iterations": 5, "steps": 2}}
+            "repulsion": {"diversity": 0.75, "iterations": 2, "steps": 4, "blocks": "first", "site": "block"}}
+
+
+def student_of(teacher: MMDiT) -> MMDiT:
+    """A transformer of TRANSFORMER's sizes that starts with what the teacher has of it, its blocks above all.
+
+    Positions it has to learn anew, since the teacher's table has no place in it, and to read T5 alone. What else is new
+    starts by doing nothing: single-stream blocks, the context's way on in the teacher's last block, the guidance.
+    """
+    student = start_at_zero(MMDiT(TRANSFORMER))
+    for new in (*student.guidance_in.out_layer.parameters(), student.pooled_in.in_layer.weight):  # no projected pooled
+        nn.init.zeros_(new)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for name in ours.keys() & theirs.keys():
+        if ours[name].shape[1:] == theirs[name].shape[1:]:
+            ours[name][: len(theirs[name])] = theirs[name]  # of a modulation that ends early: shift and scale
+    return student
 
 
 def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, latents: Tensor, folder: Path,
@@ -61,9 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
     parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
-    parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from nothing)")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (AdamW; of Muon ten times)")
+    parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from the teacher's blocks)")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -74,8 +90,8 @@ def main() -> None:
     data = Data.sample(args.scenes, args.seed)
     teacher = Teacher(args.teacher, args.device)
     reader = FluxReader(teacher)
-    student = load_transformer(args.start, dtype=torch.float32) if args.start else start_at_zero(MMDiT(TRANSFORMER))
-    student = student.to(args.device)
+    start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
+    student = start.to(args.device)
     distill(teacher, reader, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, reader.clip, reader.t5, student, teacher.autoencoder, SAMPLING)

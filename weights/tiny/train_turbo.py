@@ -30,7 +30,7 @@ FINE = 5  # steps of the teacher in each of the student's, all but the last
 GUIDANCE = 4.5
 CHUNK = 64  # trajectories painted at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"diversity": 0.5, "iterations": 2, "steps": 1, "site": "block"}}
+            "repulsion": {"diversity": 0.75, "iterations": 2, "steps": 1, "blocks": "first", "site": "block"}}
 
 
 def noise_levels(steps: int) -> Tensor:
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
     parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-turbo (default: from the teacher)")
-    parser.add_argument("--trajectories", type=int, default=8192, help=f"of the teacher; a multiple of {CHUNK}")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
