@@ -17,8 +17,8 @@ from weights import EMBEDDED
 from weights.tiny.captions import parse
 from weights.tiny.reader import adherence, read
 
-from .effect import full_prompts
 from .paper.measures import bootstrap, mean, unreadable, wrong_pixels
+from .prompts import full_prompts
 from .sheets import sheet, stacked
 
 PROMPTS = ["a circle", "a square and a star", "a large red cross on the left on a dotted teal ground",

@@ -24,7 +24,7 @@ from sampler import Pipeline, output
 from sampler.options import blocks, exit_code
 from sampler.report import describe_batch
 
-from .effect import OPEN
+from .prompts import OPEN
 
 DOSES = (0.1, 0.25, 0.5, 0.75, 0.95)
 PROMPTS = ["a person at a table", "a house by a lake", "an animal in the snow", "a street at night"]

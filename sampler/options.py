@@ -14,9 +14,10 @@ from .methods import METHODS, Method
 
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
-How it works: inside every joint attention of the model the text tokens of each sample have read from that sample's
-image. In the first --repel-steps denoising steps they are pushed apart, as far as --diversity says and in --iterations
-small steps, along the gradient of the batch's entropy. The prompt stays what it is; the pictures start to differ.
+How it works: behind every joint attention of the model the text tokens of each sample have read from that sample's
+image. In the first --repel-steps denoising steps and in --blocks, they are pushed apart as the attention or the block
+returns them (--site), as far as --diversity says and in --iterations small steps, along the gradient of the batch's
+entropy. The prompt stays what it is; the pictures start to differ.
 
 examples:
   python -m sampler "a circle"

@@ -12,7 +12,7 @@ from pathlib import Path
 from weights import EMBEDDED
 
 from .plan import REGIMES, finalists, in_first_round, jobs
-from .run import costs, finished, run
+from .run import COST_RUNS, costs, finished, run
 from .tables import Results, finalist_settings, report
 
 FULL, QUICK = Path("benchmarks/results/paper"), Path("outputs/paper-quick")
@@ -57,7 +57,7 @@ def paint_all(args: argparse.Namespace, groups: Path, cost: Path) -> None:
     known = json.loads(cost.read_text()) if cost.exists() else []
     for model in args.models:
         if all(row["model"] != model for row in known):
-            known += costs(model, runs=3 if args.quick else 9)
+            known += costs(model, runs=3 if args.quick else COST_RUNS)
             cost.write_text(json.dumps(known, indent=1) + "\n")
 
 

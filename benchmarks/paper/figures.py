@@ -82,6 +82,7 @@ def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
             panel.set_title(f"{model}: {name}")
             panel.margins(y=0.15)
         line[0].set_ylabel("Vendi × base")
+    figure.suptitle("Contextual repulsion as shipped but for one thing; above each bar the change of adherence, points")
     save(figure, folder, "ablations")
 
 

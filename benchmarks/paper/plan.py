@@ -12,12 +12,13 @@ from repulsion import Repulsion
 from sampler import Pipeline
 from sampler.methods import METHODS
 
-from ..effect import OPEN
+from ..prompts import OPEN, full_prompts
 
 REGIMES = {"tiny-sd3": "guided, 20 steps", "tiny-flux": "guidance-distilled, 20 steps", "tiny-turbo": "4 steps"}
 BUDGET = 12  # settings that each method may try in each regime
 GROUP = 4  # pictures, as in the paper
-SCREEN = OPEN[::2]  # the prompts of the first round, in which all settings are tried once
+FULL = full_prompts(30)
+SCREEN = OPEN[1::3]  # the prompts of the first round, in which all settings are tried once
 FINAL_SEEDS = 2  # of the second, in which a method's best settings see all prompts
 
 
@@ -70,6 +71,8 @@ PLACES = [  # the paper's, and two that act on what leaves a block
     {"site": "block", "blocks": "middle", "branches": "conditional"},
 ]
 NEUTRAL = {"site": "block", "blocks": "all", "branches": "all", "iterations": 2}  # where the knob is compared with η
+AS_PUBLISHED = {"site": "attention", "blocks": "all", "branches": "all", "iterations": 10}
+DECADES = range(4, 9)  # of η
 
 
 def early(model: str) -> int:
@@ -107,7 +110,8 @@ def ablations(model: str) -> dict[str, dict[str, dict]]:
         "steps": {**starts, "all steps": {"start": 0, "steps": count * fifth}},
         "site": {name: {"site": name} for name in ("attention", "block")},
         "tokens": {name: {"tokens": name, "site": "attention"} for name in ("context", "image", "scores")},
-        "η": {f"1e{k}": {**NEUTRAL, "steps": fifth, "scale": 10.0**k} for k in range(2, 10)},
+        "η, as published": {f"1e{k}": {**AS_PUBLISHED, "steps": fifth, "scale": 10.0**k} for k in DECADES},
+        "η": {f"1e{k}": {**NEUTRAL, "steps": fifth, "scale": 10.0**k} for k in DECADES},
         "knob": {f"{d}": {**NEUTRAL, "steps": fifth, "diversity": d} for d in (0.25, 0.5, 0.75)},
     }
     if model == "tiny-sd3":
@@ -119,6 +123,12 @@ def ablations(model: str) -> dict[str, dict[str, dict]]:
 
 
 BATCHES = [2, 4, 8, 16, 32]
+SHIPPED = [{}, {"repulsion": {}}]  # without and with repulsion as the checkpoint ships it
+
+
+def told_everything(model: str) -> list[dict]:
+    """What full prompts are painted with: as shipped, and with less guidance, the simplest rival."""
+    return SHIPPED + ([{"guidance": 1.0}, {"guidance": 2.0}] if model != "tiny-turbo" else [])
 
 
 def jobs(models: list[str], quick: bool) -> list[Job]:
@@ -131,18 +141,19 @@ def jobs(models: list[str], quick: bool) -> list[Job]:
                      for seed in range(seeds) for prompt in prompts)
 
     for model in models:
-        add(model, "base", {}, all_prompts, final_seeds)
-        add(model, "contextual repulsion", {"repulsion": {}}, all_prompts, final_seeds)
+        for setting in SHIPPED:
+            add(model, "contextual repulsion" if setting else "base", setting, all_prompts, final_seeds)
         for method, settings in fronts(model).items():
             for setting in settings[1::4] if quick else settings:
                 add(model, method, setting, few)
         for name, rows in ablations(model).items():
             if name == "knob" or not quick:
                 for setting in rows.values():
-                    add(model, name, setting, all_prompts, final_seeds if name == "knob" else 1)
-        for images in [] if quick else BATCHES:
-            for setting in ({}, {"repulsion": {}}):
-                add(model, "batch", setting, few, images=images)
+                    add(model, name, setting, all_prompts)
+        for setting in [] if quick else told_everything(model):
+            add(model, "full prompts", setting, FULL)
+        for setting, images in [] if quick else product(SHIPPED, BATCHES):
+            add(model, "batch", setting, few, images=images)
     return list({job.key: job for job in found}.values())
 
 

@@ -18,7 +18,7 @@ from .embedding import Embedding
 from .measures import measure
 from .plan import GROUP, Job, call_of
 
-COST_RUNS = 9  # of each method, each beside a run of the base
+COST_RUNS = 7  # of each method, each beside a run of the base
 COST_PROMPT = "a circle"
 
 

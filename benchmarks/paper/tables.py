@@ -16,7 +16,7 @@ from weights.tiny.world import render, sample_scene
 
 from .embedding import Embedding
 from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached, vectors_of, vendi_of_pairs
-from .plan import BATCHES, GROUP, REGIMES, ablations, fronts
+from .plan import BATCHES, FULL, GROUP, REGIMES, SHIPPED, ablations, fronts, told_everything
 
 KEPT = 3.0  # points of adherence that a method may lose where one figure is to stand for its whole front
 CAPS = 1, KEPT, 8  # likewise, for the second round
@@ -46,17 +46,17 @@ class Result:
 
 
 class Results:
-    """All rows, found by what was asked for."""
+    """All rows, found by what was asked for; those of full prompts apart from those of open ones."""
 
     def __init__(self, rows: Iterable[dict]):
         self.rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
         for row in rows:
-            which = row["model"], json.dumps(row["setting"]), row["images"]
+            which = row["model"], json.dumps(row["setting"]), row["images"], row["prompt"] in FULL
             self.rows[which][row["prompt"], row["seed"]] = row
 
-    def groups(self, model: str, setting: dict, images: int = GROUP) -> dict[tuple, dict]:
+    def groups(self, model: str, setting: dict, images: int = GROUP, full: bool = False) -> dict[tuple, dict]:
         """(prompt, seed) → row."""
-        return self.rows.get((model, json.dumps(setting), images), {})
+        return self.rows.get((model, json.dumps(setting), images, full), {})
 
     def result(self, model: str, method: str, setting: dict, images: int = GROUP) -> Result | None:
         """None where nothing was painted with this setting, or no base to compare with."""
@@ -79,7 +79,7 @@ class Results:
             bootstrap(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 7])),
             bootstrap(by_prompt, lambda m: m[..., 3] - m[..., 8]),
             mean([values_reached(prompt, scenes) for prompt, scenes in shown.items()]),
-            kernel_distance(torch.cat([vectors_of(mine[key]) for key in both]), renders(tuple(pairs))),
+            kernel_distance(torch.cat([vectors_of(mine[key]) for key in both]), renders(tuple(sorted(pairs)))),
             (times[:, 0] / times[:, 1]).median().item(), len(both),
         )  # fmt: skip
 
@@ -162,10 +162,12 @@ HEAD = ["Vendi × base", "adherence, points", "Vendi of embeddings × base", "wr
 def front_table(results: Results, model: str) -> str:
     """Each method at its largest gain within KEPT points of adherence; the largest first."""
     base = results.result(model, "base", {})
-    best = [best_within(found) for found in results.front_results(model).values()]
+    best = {method: best_within(found) for method, found in results.front_results(model).items()}
     shipped = results.result(model, "contextual repulsion, as shipped", {"repulsion": {}})
-    rows = sorted([r for r in [*best, shipped] if r], key=lambda r: -r.gain[0])
+    rows = sorted([r for r in [*best.values(), shipped] if r], key=lambda r: -r.gain[0])
     lines = [[r.method, short(r.setting), *cells(r), str(r.groups)] for r in [*rows, base]]
+    none = f"none within {KEPT:g} points on as many groups"
+    lines += [[method, none, *["–"] * (len(HEAD) + 1)] for method, found in best.items() if not found]
     return markdown(["method", "its best setting", *HEAD, "groups"], lines)
 
 
@@ -185,7 +187,7 @@ def batch_table(results: Results, model: str) -> str:
     lines = []
     for images in BATCHES:
         line = [str(images)]
-        for setting in ({}, {"repulsion": {}}):
+        for setting in SHIPPED:
             groups = list(results.groups(model, setting, images).values())
             if groups:
                 scores = [vendi_of_pairs([to_scene(text) for text in row["scenes"]]) for row in groups]
@@ -209,6 +211,21 @@ def knob_table(results: Results, models: list[str]) -> str:
     return markdown(["dose", *[f"{model}: gain (points)" for model in models], "largest / smallest"], lines)
 
 
+def full_table(results: Results, models: list[str]) -> str:
+    """Where the prompt says everything: what is shown of it, without and with repulsion, and with less guidance."""
+    lines = []
+    for model, setting in [(name, way) for name in models for way in told_everything(name)]:
+        rows = list(results.groups(model, setting, full=True).values())
+        measures = [torch.tensor([[row[name] for name in ("adherence", "unreadable", "wrong_pixels")]],
+                                 dtype=torch.float64) for row in rows]
+        if measures:
+            found = [bootstrap(measures, lambda m, i=i: m[..., i]) for i in range(3)]
+            way = ", repelled" if "repulsion" in setting else f", {short(setting)}" if setting else ""
+            lines.append([model + way, within(found[0], ".1%"), within(found[1], ".1%"),
+                          within(found[2], ".0f")])
+    return markdown(["full prompts", "adherence", "unreadable", "wrong pixels"], lines)
+
+
 def cost_table(costs: list[dict]) -> str:
     models = list(dict.fromkeys(row["model"] for row in costs))
     by = {(row["model"], row["method"]): row["ratio"] for row in costs}
@@ -229,6 +246,8 @@ def report(rows: list[dict], costs: list[dict]) -> str:
                 parts += [f"### {name}\n", ablation_table(results, model, name)]
         if any(results.groups(model, {}, images) for images in BATCHES if images != GROUP):
             parts += ["### pictures in a batch\n", batch_table(results, model)]
+    if any(results.groups(model, {}, full=True) for model in models):
+        parts += ["## Full prompts\n", full_table(results, models)]
     if len(models) > 1:
         parts += ["## One knob\n", knob_table(results, models)]
     if costs:

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
     parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from the teacher's blocks)")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
