@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     blurs = {name: blur(row) for name, row in rows.items()} if pipeline.defaults.world == "tiny" else None
     target = args.out or output.free_folder(Path("outputs") / f"interpolate-{output.folder_name(args.prompt)}")
     with output.whole_folder(target, args.overwrite) as folder:
-        title = f"“{args.prompt}”, from seed {args.source_seed} (α = 0) to seed {args.target_seed} (α = 1)"
+        title = f"“{args.prompt}”, from seed {args.source_seed} at 0 to seed {args.target_seed} at 1"
         output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
         output.write_summary(folder, {**about, "blur": blurs})
     if blurs is not None:
