@@ -52,7 +52,7 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, diversity: fl
         raise ValueError(f"tokens must be (groups · B, N, D) with groups = {groups}, got {tuple(tokens.shape)}")
     if not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
-    if not torch.isfinite(tokens).all():
+    if not torch.isfinite(torch.stack(tokens.aminmax())).all():  # both are NaN where one token is
         raise ValueError("tokens hold NaN or infinity: the model overflowed before the repulsion (try bfloat16)")
     if not (scale or diversity) or tokens.shape[0] == groups:
         return tokens

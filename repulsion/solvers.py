@@ -117,21 +117,26 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
 def step_length(gram: Tensor, d: Tensor, value: float, goal: float, value_of: Objective) -> float:
     """How far one group goes along the gradient from H = value to goal: gram, d (B, B) → 0 or more.
 
-    H rises along its gradient up to a peak. Lengths 2^k / 2s are tried, s the largest absolute row sum of D and k = 0,
-    1, …, until H is past the goal or its peak, then false position (Illinois) until all but CLOSE of the way is gone.
-    Where the peak is below the goal: the last length tried before it. Where nothing moves, or the goal is behind: 0.
+    First half as far again as H's slope, Σ |∂H/∂c_i|², promises, or 1 / s where that is less, s the largest absolute
+    row sum of D. This is halved until H is above where it started, then doubled until H is past the goal or its peak.
+    Past the goal: false position (Illinois) until all but CLOSE of the way is gone. Past the peak: the last length
+    before it. Where nothing moves, or the goal is behind: 0.
     """
-    speed, gap_low = d.abs().sum(-1).max().item(), value - goal
-    if speed == 0 or gap_low >= 0:
-        return 0.0
     linear = d @ gram
     linear, square = linear + linear.mT, linear @ d.mT  # (I + L D) G (I + L D)ᵀ is G + L (linear + L square)
+    gap_low, slope, speed = value - goal, square.trace().item(), d.abs().sum(-1).max().item()
+    if gap_low >= 0 or not slope > 0:
+        return 0.0
 
     def gap(length: float) -> float:
-        return value_of(cosines(gram + length * (linear + length * square))[0]).item() - goal
+        moved = torch.add(gram, torch.add(linear, square, alpha=length), alpha=length)
+        return value_of(cosines(moved)[0]).item() - goal
 
-    low, high, was_above = 0.0, 0.5 / speed, False
+    low, high, was_above = 0.0, min(-1.5 * gap_low / slope, 1 / speed), None
     gap_high = gap(high)
+    while gap_high <= gap_low and high * speed > SAME:
+        high /= 2
+        gap_high = gap(high)
     while gap_low < gap_high < 0:
         low, gap_low, high = high, gap_high, 2 * high
         gap_high = gap(high)

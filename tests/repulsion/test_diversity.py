@@ -80,6 +80,21 @@ def test_groups_are_dosed_apart_and_order_does_not_matter():
     torch.testing.assert_close(repel(far[order], None, 2, diversity=0.3), both[4:][order], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("closeness", [0, 0.01])
+def test_a_share_out_of_reach_goes_to_the_peak(spread, closeness):
+    batch = tokens(spread)
+    batch[1] = batch[0] + closeness * (batch[1] - batch[0])  # (nearly) two of one kind, which one step cannot part
+    before, share = value(batch), 0.95
+    along = [ascend_autograd(batch.reshape(1, 4, -1), 10 ** (k / 40), 1, OBJECTIVES["vendi"], 1e-4)
+             for k in range(-80, 480)]
+    peak = max(value(moved.reshape(batch.shape)) for moved in along)
+    assert peak < before + 0.9 * share * (math.log(4) - before)
+    found = value(repel(batch, None, 1, diversity=share))
+    # of lengths that double one lies within a third of the peak, where a parabola has 1 - 1/9 of its rise
+    assert 0.8 * (peak - before) < found - before <= 1.01 * (peak - before)
+
+
 def test_the_edges():
     batch = tokens(0.1)
     assert repel(batch, None, 3, diversity=0.0) is batch
