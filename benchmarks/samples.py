@@ -17,7 +17,8 @@ from weights import EMBEDDED
 from weights.tiny.captions import parse
 from weights.tiny.reader import adherence, read
 
-from .paper.measures import bootstrap, mean, unreadable, wrong_pixels
+from .paper.measures import mean, unreadable, wrong_pixels
+from .paper.tables import columns
 from .prompts import full_prompts
 from .sheets import sheet, stacked
 
@@ -62,11 +63,7 @@ def main() -> None:
     for name, pipeline in pipelines.items():
         by_prompt = [torch.tensor([one], dtype=torch.float64)
                      for one in measure(pipeline, full_prompts(args.prompts), args.images)]
-        cells = []
-        for i, form in enumerate((".1%", ".0%", ".1%", ".0f")):
-            value, low, high = bootstrap(by_prompt, lambda m, i=i: m[..., i])
-            cells.append(f"{value:{form}} ({low:{form}} … {high:{form}})")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {' | '.join(columns(by_prompt, '.1%', '.0%', '.1%', '.0f'))} |", flush=True)
     print(f"pictures in {args.out}")
 
 

@@ -145,11 +145,9 @@ def step_length(gram: Tensor, d: Tensor, value: float, goal: float, value_of: Ob
         gap_middle = gap(middle)
         if abs(gap_middle) <= CLOSE * (goal - value):
             return middle
-        above = gap_middle > 0
-        less = 0.5 if above == was_above else 1.0  # an end that stays twice counts half, or it might for ever
-        if above:
-            high, gap_high, gap_low = middle, gap_middle, less * gap_low
+        less = 0.5 if (gap_middle > 0) == was_above else 1.0  # an end kept twice counts half: it might stay
+        if gap_middle > 0:
+            high, gap_high, gap_low, was_above = middle, gap_middle, less * gap_low, True
         else:
-            low, gap_low, gap_high = middle, gap_middle, less * gap_high
-        was_above = above
+            low, gap_low, gap_high, was_above = middle, gap_middle, less * gap_high, False
     return low

@@ -66,7 +66,7 @@ def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> Non
 
 def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
     """One row of panels a regime, one panel an ablation: gain as bars, change of adherence written on them."""
-    names = [name for name in ablations(models[0]) if name in ("blocks", "steps", "site", "tokens")]
+    names = [name for name in ablations(models[0]) if name in ("blocks", "steps", "site", "tokens", "M")]
     figure, panels = pyplot.subplots(len(models), len(names), figsize=(4.2 * len(names), 3.4 * len(models)),
                                      layout="constrained", squeeze=False, sharey=True)
     for model, line in zip(models, panels, strict=True):

@@ -82,7 +82,8 @@ def early(model: str) -> int:
 
 def fronts(model: str) -> dict[str, list[dict]]:
     """Method → BUDGET settings each; the same effort for all. Guidance can be lowered only where there is some."""
-    pushes = [{**place, "diversity": dose, "steps": early(model)} for place, dose in product(PLACES, DOSES)]
+    pushes = [{**place, "iterations": 1, "diversity": dose, "steps": early(model)}
+              for place, dose in product(PLACES, DOSES)]
     found = {
         "contextual repulsion": [{"repulsion": push} for push in pushes],
         "image-token repulsion": [{"repulsion": {**push, "tokens": "image"}} for push in pushes],
@@ -110,6 +111,7 @@ def ablations(model: str) -> dict[str, dict[str, dict]]:
         "steps": {**starts, "all steps": {"start": 0, "steps": count * fifth}},
         "site": {name: {"site": name} for name in ("attention", "block")},
         "tokens": {name: {"tokens": name, "site": "attention"} for name in ("context", "image", "scores")},
+        "M": {f"{m}": {"iterations": m} for m in (1, 2, 5, 20)},
         "η, as published": {f"1e{k}": {**AS_PUBLISHED, "steps": fifth, "scale": 10.0**k} for k in DECADES},
         "η": {f"1e{k}": {**NEUTRAL, "steps": fifth, "scale": 10.0**k} for k in DECADES},
         "knob": {f"{d}": {**NEUTRAL, "steps": fifth, "diversity": d} for d in (0.25, 0.5, 0.75)},
@@ -122,7 +124,7 @@ def ablations(model: str) -> dict[str, dict[str, dict]]:
     return {name: {row: {"repulsion": change} for row, change in rows.items()} for name, rows in found.items()}
 
 
-BATCHES = [2, 4, 8, 16, 32]
+BATCHES = {2: 8, 4: 4, 8: 2, 16: 1, 32: 1}  # pictures → seeds, so that small batches are measured on as many pictures
 SHIPPED = [{}, {"repulsion": {}}]  # without and with repulsion as the checkpoint ships it
 
 
@@ -152,8 +154,10 @@ def jobs(models: list[str], quick: bool) -> list[Job]:
                     add(model, name, setting, all_prompts)
         for setting in [] if quick else told_everything(model):
             add(model, "full prompts", setting, FULL)
-        for setting, images in [] if quick else product(SHIPPED, BATCHES):
-            add(model, "batch", setting, few, images=images)
+        if not quick:
+            add(model, "batch", {}, OPEN, images=max(BATCHES))  # what does not repel is the same in any batch
+            for images, seeds in BATCHES.items():
+                add(model, "batch", {"repulsion": {}}, OPEN, seeds, images)
     return list({job.key: job for job in found}.values())
 
 

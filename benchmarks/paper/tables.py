@@ -16,7 +16,7 @@ from weights.tiny.world import render, sample_scene
 
 from .embedding import Embedding
 from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached, vectors_of, vendi_of_pairs
-from .plan import BATCHES, FULL, GROUP, REGIMES, SHIPPED, ablations, fronts, told_everything
+from .plan import BATCHES, FULL, GROUP, REGIMES, ablations, fronts, told_everything
 
 KEPT = 3.0  # points of adherence that a method may lose where one figure is to stand for its whole front
 CAPS = 1, KEPT, 8  # likewise, for the second round
@@ -151,6 +151,11 @@ def within(value: Interval, form: str) -> str:
     return f"{value[0]:{form}} ({value[1]:{form}} … {value[2]:{form}})"
 
 
+def columns(by_prompt: list[Tensor], *forms: str) -> list[str]:
+    """The mean of each column with its interval: for each prompt its groups (n, k), a form a column."""
+    return [within(bootstrap(by_prompt, lambda m, i=i: m[..., i]), form) for i, form in enumerate(forms)]
+
+
 def cells(result: Result) -> list[str]:
     return [within(result.gain, ".2f"), within(result.adherence, "+.1f"), within(result.gain_embedding, ".2f"),
             within(result.wrong_pixels, "+.0f"), f"{result.kid:.2f}", f"{100 * result.coverage:.0f} %"]
@@ -185,16 +190,14 @@ def ablation_table(results: Results, model: str, name: str) -> str:
 def batch_table(results: Results, model: str) -> str:
     """Vendi score over pairs: does a larger batch still differ picture by picture?"""
     lines = []
-    for images in BATCHES:
-        line = [str(images)]
-        for setting in SHIPPED:
-            groups = list(results.groups(model, setting, images).values())
-            if groups:
-                scores = [vendi_of_pairs([to_scene(text) for text in row["scenes"]]) for row in groups]
-                line += [f"{mean(scores):.3f}", f"{100 * mean([row['adherence'] for row in groups]):.1f} %"]
-        lines.append(line)
-    head = ["pictures", "Vendi of pairs, base", "adherence", "Vendi of pairs, repelled", "adherence"]
-    return markdown(head, [line for line in lines if len(line) == len(head)])
+    for setting, images in [({}, max(BATCHES)), *[({"repulsion": {}}, images) for images in BATCHES]]:
+        by_prompt = defaultdict(list)
+        for (prompt, _), row in results.groups(model, setting, images).items():
+            by_prompt[prompt].append([vendi_of_pairs([to_scene(text) for text in row["scenes"]]), row["adherence"]])
+        scores = [torch.tensor(groups, dtype=torch.float64) for groups in by_prompt.values()]
+        if scores:
+            lines.append([f"{images}" if setting else "base, any number", *columns(scores, ".3f", ".1%")])
+    return markdown(["pictures in a batch", "Vendi of pairs", "adherence"], lines)
 
 
 def knob_table(results: Results, models: list[str]) -> str:
@@ -219,10 +222,8 @@ def full_table(results: Results, models: list[str]) -> str:
         measures = [torch.tensor([[row[name] for name in ("adherence", "unreadable", "wrong_pixels")]],
                                  dtype=torch.float64) for row in rows]
         if measures:
-            found = [bootstrap(measures, lambda m, i=i: m[..., i]) for i in range(3)]
             way = ", repelled" if "repulsion" in setting else f", {short(setting)}" if setting else ""
-            lines.append([model + way, within(found[0], ".1%"), within(found[1], ".1%"),
-                          within(found[2], ".0f")])
+            lines.append([model + way, *columns(measures, ".1%", ".1%", ".0f")])
     return markdown(["full prompts", "adherence", "unreadable", "wrong pixels"], lines)
 
 
@@ -244,7 +245,7 @@ def report(rows: list[dict], costs: list[dict]) -> str:
         for name in ablations(model):
             if name not in ("η", "knob") and results.result(model, "", next(iter(ablations(model)[name].values()))):
                 parts += [f"### {name}\n", ablation_table(results, model, name)]
-        if any(results.groups(model, {}, images) for images in BATCHES if images != GROUP):
+        if results.groups(model, {}, max(BATCHES)):
             parts += ["### pictures in a batch\n", batch_table(results, model)]
     if any(results.groups(model, {}, full=True) for model in models):
         parts += ["## Full prompts\n", full_table(results, models)]

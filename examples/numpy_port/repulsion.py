@@ -67,16 +67,19 @@ class Repulsion:
         return d, -(eigenvalues * np.log(eigenvalues)).sum(), kernel, eigenvalues
 
     def step_length(self, gram: Array, d: Array, h: float, goal: float) -> float:
-        """How far to go along the gradient until H has risen from h to the goal: a short step, doubled until past it,
-        then by false position (Illinois) to 1e-7 of the rise. Past the peak of H, the step before."""
+        """How far along the gradient until H has risen from h to the goal: a guess from its slope, halved until H
+        rises, doubled until past the goal, then false position (Illinois) to 1e-7. Past its peak, the length before."""
         def gap(length: float) -> float:
             moved = np.eye(len(gram)) + length * d
             return self.climb(moved @ gram @ moved.T)[1] - goal
 
-        speed = np.abs(d).sum(axis=1).max()
-        if speed == 0 or h >= goal:
+        slope, speed = np.trace(d @ gram @ d.T), np.abs(d).sum(axis=1).max()
+        if h >= goal or not slope > 0:
             return 0.0
-        low, gap_low, high, gap_high, was_above = 0.0, h - goal, 0.5 / speed, gap(0.5 / speed), False
+        low, gap_low, high, was_above = 0.0, h - goal, min(1.5 * (goal - h) / slope, 1 / speed), None
+        gap_high = gap(high)
+        while gap_high <= gap_low and high * speed > 1e-14:
+            high, gap_high = high / 2, gap(high / 2)
         while gap_low < gap_high < 0:
             low, gap_low, high, gap_high = high, gap_high, 2 * high, gap(2 * high)
         for _ in range(50 if gap_high > 0 else 0):
@@ -84,11 +87,9 @@ class Repulsion:
             gap_middle = gap(middle)
             if abs(gap_middle) <= 1e-7 * (goal - h):
                 return middle
-            above = gap_middle > 0
-            less = 0.5 if above == was_above else 1  # an end that stays twice counts half, or it might for ever
-            if above:
-                high, gap_high, gap_low = middle, gap_middle, less * gap_low
+            less = 0.5 if (gap_middle > 0) == was_above else 1  # an end that stays twice counts half
+            if gap_middle > 0:
+                high, gap_high, gap_low, was_above = middle, gap_middle, less * gap_low, True
             else:
-                low, gap_low, gap_high = middle, gap_middle, less * gap_high
-            was_above = above
+                low, gap_low, gap_high, was_above = middle, gap_middle, less * gap_high, False
         return low

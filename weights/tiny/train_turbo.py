@@ -30,7 +30,7 @@ FINE = 5  # steps of the teacher in each of the student's, all but the last
 GUIDANCE = 4.5
 CHUNK = 64  # trajectories painted at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"diversity": 0.95, "iterations": 2, "steps": 1, "blocks": "middle", "site": "block"}}
+            "repulsion": {"diversity": 0.95, "iterations": 1, "steps": 1, "blocks": "middle", "site": "block"}}
 
 
 def noise_levels(steps: int) -> Tensor:
