@@ -44,11 +44,11 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, diversity: fl
     Defined at the edges: scale or diversity 0 or a group of one returns the tokens as they are. Samples that coincide
     have no direction to leave each other in: they move alike, and where all coincide, not at all ("autograd": up to
     its rounding, which a strong push can make visible). A zero vector stays zero and pushes nobody. A diversity out
-    of reach along the gradient is approached. Raises ValueError for NaN or infinite tokens, a batch that is no
+    of reach along the gradient is approached. Raises ValueError for no tokens, NaN or infinite ones, a batch that is no
     multiple of `groups`, and settings out of range.
     """
     check_settings(scale, diversity, iterations, objective, kernel_reg, solver)
-    if tokens.ndim != 3 or groups < 1 or tokens.shape[0] % groups:
+    if tokens.ndim != 3 or not tokens.numel() or groups < 1 or tokens.shape[0] % groups:
         raise ValueError(f"tokens must be (groups · B, N, D) with groups = {groups}, got {tuple(tokens.shape)}")
     if not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point, got {tokens.dtype}")

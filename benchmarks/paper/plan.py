@@ -152,9 +152,9 @@ def jobs(models: list[str], quick: bool) -> list[Job]:
             if name == "knob" or not quick:
                 for setting in rows.values():
                     add(model, name, setting, all_prompts)
-        for setting in [] if quick else told_everything(model):
-            add(model, "full prompts", setting, FULL)
         if not quick:
+            for setting in told_everything(model):
+                add(model, "full prompts", setting, FULL)
             add(model, "batch", {}, OPEN, images=max(BATCHES))  # what does not repel is the same in any batch
             for images, seeds in BATCHES.items():
                 add(model, "batch", {"repulsion": {}}, OPEN, seeds, images)

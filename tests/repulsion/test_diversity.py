@@ -101,6 +101,8 @@ def test_the_edges():
     assert torch.equal(repel(batch[:1], None, 3, diversity=0.5), batch[:1])
     same = batch[:1].expand(4, -1, -1)
     assert torch.equal(repel(same, None, 3, diversity=0.5), same)  # no direction to leave in
+    with pytest.raises(ValueError, match=r"tokens must be \(groups · B, N, D\).*got \(4, 0, 24\)"):
+        repel(batch[:, :0], None, 3, diversity=0.5)
     twins = batch[[0, 0, 1, 2]]
     pushed = repel(twins, None, 3, diversity=0.2)
     torch.testing.assert_close(pushed[0], pushed[1], rtol=1e-9, atol=0)
