@@ -1,22 +1,26 @@
 """The two kinds of transformer block: dual-stream (SD3, FLUX.1) and single-stream (FLUX.1)."""
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from repulsion import Repulsion
-
-from .attention import JointAttention, SelfAttention, attend
+from .attention import JointAttention, Push, SelfAttention, attend
 from .config import MMDiTConfig
-from .layers import MLP, Modulation, modulate
+from .layers import MLP, Modulation, Triple, clip_float16, modulate
+
+
+class StreamModulation(NamedTuple):
+    """The modulation of one stream in a dual-stream block."""
+
+    attention: Triple
+    mlp: Triple | None = None  # None where the stream ends in this block's attention
+    second: Triple | None = None  # of the second, image-only attention (SD3.5-medium)
 
 
 class Stream(nn.Module):
-    """What one stream owns in a dual-stream block besides its projections: the modulation and the MLP.
-
-    `parts` of the modulation: 6 (shift, scale, gate of the attention, then of the MLP), 9 with a second attention,
-    2 (shift, scale) where the stream ends in this block's attention and needs no MLP.
-    """
+    """Modulation and MLP of one stream in a dual-stream block; 3, 6 or 9 parts, or 2 (shift, scale) and no MLP."""
 
     def __init__(self, config: MMDiTConfig, parts: int = 6):
         super().__init__()
@@ -24,16 +28,12 @@ class Stream(nn.Module):
         if parts > 2:
             self.mlp = MLP(config.hidden_size, config.mlp_width, config.hidden_size, nn.GELU("tanh"))
 
-    def finish(self, tokens: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """The MLP's residual step: (b, n, d) → (b, n, d)."""
-        return tokens + gate * self.mlp(modulate(tokens, shift, scale))
-
 
 class DualBlock(nn.Module):
-    """Context and image keep weights of their own and meet in one attention.
+    """Context and image have weights of their own and meet in one attention.
 
-    context (b, n, d), image (b, m, d), vector (b, d) → context, image. Block `index` of an SD3-type model's last
-    returns None for the context.
+    context (b, n, d), image (b, m, d), vector (b, d) → context, image. The last block of an SD3-type model, whose
+    context output is unused, returns None for it.
     """
 
     def __init__(self, config: MMDiTConfig, index: int):
@@ -46,32 +46,30 @@ class DualBlock(nn.Module):
         self.attention = JointAttention(*sizes, context_out=not last)
         self.image_attention = SelfAttention(*sizes) if second else None
 
-    def forward(self, context: Tensor, image: Tensor, vector: Tensor, angles: Tensor | None = None,
-                repulsion: Repulsion | None = None, groups: int = 1) -> tuple[Tensor | None, Tensor]:
-        c_shift, c_scale, *c_rest = self.context.modulation(vector)
-        shift, scale, gate, *rest = self.image.modulation(vector)
-        context_attended, image_attended = self.attention(
-            modulate(context, c_shift, c_scale), modulate(image, shift, scale), angles, repulsion, groups
-        )
-        image_after = image + gate * image_attended
-        if self.image_attention is not None:
-            shift, scale, gate = rest[3:]
-            image_after = image_after + gate * self.image_attention(modulate(image, shift, scale))
-        image = self.image.finish(image_after, *rest[:3])
+    def forward(self, context: Tensor, image: Tensor, vector: Tensor, rope: Tensor | None = None,
+                push: Push | None = None) -> tuple[Tensor | None, Tensor]:
+        of_context = StreamModulation(*self.context.modulation(vector))
+        of_image = StreamModulation(*self.image.modulation(vector))
+
+        image_in = modulate(image, of_image.attention)
+        context_attended, image_attended = self.attention(modulate(context, of_context.attention), image_in, rope, push)
+
+        after = image + of_image.attention.gate * image_attended
+        if self.image_attention is not None:  # of the image as it entered the block
+            after = after + of_image.second.gate * self.image_attention(modulate(image, of_image.second))
+        image = clip_float16(after + of_image.mlp.gate * self.image.mlp(modulate(after, of_image.mlp)))
+
         if context_attended is None:
-            context = None
-        else:
-            c_gate, *c_mlp = c_rest
-            context = self.context.finish(context + c_gate * context_attended, *c_mlp)
-        if repulsion is not None:
-            context, image = repulsion.streams("block", context, image, groups)
-        return context, image
+            return None, image
+        context = context + of_context.attention.gate * context_attended
+        context = context + of_context.mlp.gate * self.context.mlp(modulate(context, of_context.mlp))
+        return clip_float16(context), image
 
 
 class SingleBlock(nn.Module):
-    """Context and image as one sequence; attention and MLP side by side from one projection (FLUX.1).
+    """Context and image as one sequence; attention and MLP in parallel from one projection (FLUX.1).
 
-    tokens (b, n + m, d), the first `num_context` of them the context; vector (b, d) → (b, n + m, d).
+    tokens (b, n + m, d), the context first; vector (b, d) → (b, n + m, d).
     """
 
     def __init__(self, config: MMDiTConfig):
@@ -85,15 +83,12 @@ class SingleBlock(nn.Module):
         self.activation = nn.GELU("tanh")
         self.linear_out = nn.Linear(width + config.mlp_width, width)
 
-    def forward(self, tokens: Tensor, vector: Tensor, num_context: int, angles: Tensor | None = None,
-                repulsion: Repulsion | None = None, groups: int = 1) -> Tensor:
-        shift, scale, gate = self.modulation(vector)
-        qkv, mlp = self.linear_in(modulate(tokens, shift, scale)).split(self.widths, dim=-1)
+    def forward(self, tokens: Tensor, vector: Tensor, rope: Tensor | None = None, push: Push | None = None) -> Tensor:
+        (modulation,) = self.modulation(vector)
+        qkv, mlp = self.linear_in(modulate(tokens, modulation)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "b n (three h k) -> three b h n k", three=3, h=self.heads)
-        attended = attend(self.norm_q(q), self.norm_k(k), v, angles)
-        if repulsion is not None:  # Eq. 2 again: here the paper pushes all tokens
-            attended = repulsion.sequence("attention", attended, num_context, groups)
-        tokens = tokens + gate * self.linear_out(torch.cat([attended, self.activation(mlp)], dim=-1))
-        if repulsion is not None:
-            tokens = repulsion.sequence("block", tokens, num_context, groups)
-        return tokens
+        attended = attend(self.norm_q(q), self.norm_k(k), v, rope)
+        if push:
+            attended = push(attended)  # Eq. 2 again; here the paper pushes all tokens
+        out = self.linear_out(torch.cat([attended, self.activation(mlp)], dim=-1))
+        return clip_float16(tokens + modulation.gate * out)

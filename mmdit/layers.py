@@ -1,9 +1,9 @@
 """The small parts that every block shares: MLP, timestep features, modulation."""
 
 import math
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,25 +21,39 @@ class MLP(nn.Module):
         return self.out_layer(self.activation(self.in_layer(x)))
 
 
-def timestep_features(timestep: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sin/cos features of a timestep in [0, 1], counted in thousandths: (b,) → (b, width) float32, cosines first."""
+def timestep_features(sigma: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sin/cos features of a number such as σ, counted in thousandths: (b,) → (b, width) float32, cosines first."""
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timestep.device) / half)
-    angles = 1000.0 * timestep.float()[:, None] * frequencies
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=sigma.device) / half)
+    angles = 1000.0 * sigma.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Triple(NamedTuple):
+    """The modulation of one residual branch (adaLN), each (b, 1, d); no gate where nothing is added to the stream."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
 class Modulation(nn.Linear):
-    """The conditioning vector (b, d) becomes `parts` vectors (b, 1, d): shifts, scales and gates (adaLN)."""
+    """The conditioning vector (b, d) becomes `parts` vectors (b, 1, d): triples of shift, scale and gate (adaLN)."""
 
     def __init__(self, width: int, parts: int):
         super().__init__(width, parts * width)
         self.parts = parts
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(super().forward(F.silu(vector)), "b (parts d) -> parts b 1 d", parts=self.parts).unbind()
+    def forward(self, vector: Tensor) -> tuple[Triple, ...]:
+        vectors = super().forward(F.silu(vector)).unsqueeze(1).chunk(self.parts, dim=-1)
+        return tuple(Triple(*vectors[i : i + 3]) for i in range(0, self.parts, 3))
 
 
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(tokens: Tensor, by: Triple) -> Tensor:
     """LayerNorm without weights of its own; scale and shift come from the modulation."""
-    return (1 + scale) * F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) + shift
+    return (1 + by.scale) * F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) + by.shift
+
+
+def clip_float16(tokens: Tensor) -> Tensor:
+    """A residual stream within float16's range, as the published implementations keep it; other dtypes unchanged."""
+    return tokens.clamp(-65504, 65504) if tokens.dtype == torch.float16 else tokens

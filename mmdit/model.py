@@ -31,91 +31,86 @@ class MMDiT(nn.Module):
         self.final_modulation = Modulation(width, 2)
         self.image_out = nn.Linear(width, config.patch_dim)
 
-    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
-                guidance: Tensor | None = None, reference: Tensor | None = None,
-                repulsion: Repulsion | None = None, groups: int = 1, skip_layers: tuple[int, ...] = ()) -> Tensor:
+    def forward(self, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor | None = None,
+                reference: Tensor | None = None, repulsion: Repulsion | None = None, groups: int = 1,
+                skip_layers: tuple[int, ...] = ()) -> Tensor:
         """The velocity (noise − image) at a noise level.
 
-        latent (B, C, H, W); timestep (B,) in [0, 1], which is σ; context (B, N, context_dim); pooled (B, pooled_dim);
-        guidance (B,) for models distilled with it; reference (B, C, H', W'): Kontext's picture to edit → (B, C, H, W).
+        latent (B, C, H, W); sigma (B,) in [0, 1]; context (B, N, context_dim); pooled (B, pooled_dim); guidance (B,)
+        for models distilled with it; reference (B, C, H', W'): Kontext's picture to edit → (B, C, H, W).
         `repulsion` pushes the samples of each group apart; the batch is `groups` groups of equal size, one after the
         other (with classifier-free guidance: two). `skip_layers` are dual-stream blocks to leave out (skip-layer
-        guidance, SD3.5-medium). Raises ValueError where a shape does not fit.
+        guidance, SD3.5-medium). Raises ValueError for guidance or reference that the model does not take, sides that
+        are no multiples of the patch, groups of unequal size, and blocks that the model does not have.
         """
-        self._check(latent, timestep, context, pooled, guidance, reference, repulsion, groups, skip_layers)
-        p, n = self.config.patch_size, context.shape[1]
+        check_call(self.config, latent, guidance, reference, repulsion, groups, skip_layers)
+        p, n, num_blocks = self.config.patch_size, context.shape[1], self.config.num_blocks
         rows, columns = latent.shape[2] // p, latent.shape[3] // p
         dtype = self.image_in.weight.dtype
 
-        vector = self.time_in(timestep_features(timestep).to(dtype)) + self.pooled_in(pooled.to(dtype))
+        vector = self.time_in(timestep_features(sigma).to(dtype)) + self.pooled_in(pooled.to(dtype))
         if self.guidance_in is not None:
             vector = vector + self.guidance_in(timestep_features(guidance).to(dtype))
         context = self.context_in(context.to(dtype))
-        image, angles = self._embed(latent.to(dtype), None if reference is None else reference.to(dtype), n)
+        pictures = [latent] if reference is None else [latent, reference]
+        image = self.image_in(torch.cat([patchify(picture.to(dtype), p) for picture in pictures], dim=1))
+        rope = None
+        if self.config.position == "table":
+            image = image + crop_table(self.position_table, rows, columns).to(dtype)
+        else:
+            rope = self.rope(n, pictures, dtype)
 
         for index, block in enumerate(self.dual_blocks):
-            if index in skip_layers:
-                continue
-            here = repulsion if repulsion and repulsion.acts_in(index, self.config.num_blocks) else None
-            context, image = block(context, image, vector, angles, here, groups)
+            if index not in skip_layers:
+                push = repulsion.bind(index, num_blocks, groups) if repulsion else None
+                context, image = block(context, image, vector, rope, push)
         if self.single_blocks:
             tokens = torch.cat([context, image], dim=1)
             for index, block in enumerate(self.single_blocks, start=len(self.dual_blocks)):
-                here = repulsion if repulsion and repulsion.acts_in(index, self.config.num_blocks) else None
-                tokens = block(tokens, vector, n, angles, here, groups)
+                push = repulsion.bind(index, num_blocks, groups, num_context=n) if repulsion else None
+                tokens = block(tokens, vector, rope, push)
             image = tokens[:, n:]
 
-        image = image[:, : rows * columns]  # a reference has done its work
-        patches = self.image_out(modulate(image, *self.final_modulation(vector)))
+        (final,) = self.final_modulation(vector)
+        patches = self.image_out(modulate(image[:, : rows * columns], final))  # without a reference's tokens
         return rearrange(patches, "b (rows columns) (c p q) -> b c (rows p) (columns q)", rows=rows, p=p, q=p)
 
-    def _embed(self, latent: Tensor, reference: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-        """Patches as tokens that know where they are, and the rotary angles of all tokens (None with a table)."""
-        p = self.config.patch_size
-        tokens, positions = [], [torch.zeros(n, 3, dtype=torch.float64, device=latent.device)]  # text stands at 0
-        for index, picture in enumerate([latent] if reference is None else [latent, reference]):
-            rows, columns = picture.shape[2] // p, picture.shape[3] // p
-            patches = rearrange(picture, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=p, q=p)
-            tokens.append(self.image_in(patches))
-            positions.append(grid_positions(index, rows, columns, latent.device))
-        image = torch.cat(tokens, dim=1)
-        if self.config.position == "table":
-            return image + crop_table(self.position_table, rows, columns).to(image.dtype), None
-        return image, rope_angles(torch.cat(positions), self.config.rope_axes, self.config.rope_theta)
+    def rope(self, n: int, pictures: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Cosine and sine of every token's rotary angles, computed on the CPU in float64: (2, n + m, k / 2).
 
-    def _check(self, latent, timestep, context, pooled, guidance, reference, repulsion, groups, skip_layers) -> None:
-        config, b = self.config, latent.shape[0] if latent.ndim else 0
-        wanted = {
-            "latent": (latent, ("B", config.latent_channels, "H", "W")),
-            "timestep": (timestep, (b,)),
-            "context": (context, (b, "N", config.context_dim)),
-            "pooled": (pooled, (b, config.pooled_dim)),
-            "guidance": (guidance, (b,)),
-            "reference": (reference, (b, config.latent_channels, "H'", "W'")),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{name} must be a tensor, got a {type(tensor).__name__}")
-            fits = tensor.ndim == len(shape) and 0 not in tensor.shape
-            fits = fits and all(isinstance(s, str) or s == t for s, t in zip(shape, tensor.shape, strict=True))
-            if not fits:
-                expected = ", ".join(map(str, shape))
-                raise ValueError(f"{name} must have the shape ({expected}), got ({', '.join(map(str, tensor.shape))})")
-        for name, picture in (("latent", latent), ("reference", reference)):
-            if picture is not None and (picture.shape[2] % config.patch_size or picture.shape[3] % config.patch_size):
-                raise ValueError(f"{name} sides {tuple(picture.shape[2:])} must be multiples of the patch size "
-                                 f"{config.patch_size}")
-        if config.guidance_embedding != (guidance is not None):
-            raise ValueError("this model was distilled with guidance: pass guidance (B,)" if guidance is None
-                             else "this model has no guidance embedding: leave guidance out")
-        if reference is not None and config.position != "rope":
-            raise ValueError("a reference picture needs rotary positions (FLUX.1-Kontext); this model has a table")
-        if repulsion is not None:
-            repulsion.check_blocks(config.num_blocks)
-        if groups < 1 or b % groups:
-            raise ValueError(f"a batch of {b} cannot be {groups} groups of equal size")
-        if any(not 0 <= i < config.num_dual_blocks for i in skip_layers):
-            raise ValueError(f"skip_layers {tuple(skip_layers)} must lie in 0 … {config.num_dual_blocks - 1}, the "
-                             "dual-stream blocks")
+        In the model's dtype, or float32 where that is wider. All n context tokens are at position 0.
+        """
+        p = self.config.patch_size
+        grids = [grid_positions(i, x.shape[2] // p, x.shape[3] // p) for i, x in enumerate(pictures)]
+        positions = torch.cat([torch.zeros_like(grids[0][:1]).expand(n, -1), *grids])
+        angles = rope_angles(positions, self.config.rope_axes, self.config.rope_theta)
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.stack([angles.cos(), angles.sin()]).to(pictures[0].device, wide)
+
+
+def patchify(picture: Tensor, p: int) -> Tensor:
+    """Patches row by row: (b, c, H, W) → (b, m, c · p · p)."""
+    return rearrange(picture, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=p, q=p)
+
+
+def check_call(config: MMDiTConfig, latent: Tensor, guidance: Tensor | None, reference: Tensor | None,
+               repulsion: Repulsion | None, groups: int, skip_layers: tuple[int, ...]) -> None:
+    """Raises ValueError for what torch would not notice, or not say clearly; see `MMDiT.forward`."""
+    for name, picture in (("latent", latent), ("reference", reference)):
+        if picture is not None and (picture.ndim != 4 or picture.shape[1] != config.latent_channels):
+            raise ValueError(f"{name} must be (B, {config.latent_channels}, H, W), got {tuple(picture.shape)}")
+        if picture is not None and (picture.shape[2] % config.patch_size or picture.shape[3] % config.patch_size):
+            raise ValueError(f"{name} sides {tuple(picture.shape[2:])} must be multiples of the patch size "
+                             f"{config.patch_size}")
+    if config.guidance_embedding != (guidance is not None):
+        raise ValueError("this model was distilled with guidance: pass guidance (B,)" if guidance is None
+                         else "this model has no guidance embedding: leave guidance out")
+    if reference is not None and config.position != "rope":
+        raise ValueError("a reference picture needs rotary positions (FLUX.1-Kontext); this model has a table")
+    if repulsion is not None:
+        repulsion.check_blocks(config.num_blocks)
+    if groups < 1 or len(latent) % groups:
+        raise ValueError(f"a batch of {len(latent)} cannot be {groups} groups of equal size")
+    if any(not 0 <= i < config.num_dual_blocks for i in skip_layers):
+        raise ValueError(f"skip_layers {tuple(skip_layers)} must lie in 0 … {config.num_dual_blocks - 1}, the "
+                         "dual-stream blocks")

@@ -5,15 +5,14 @@ from einops import rearrange
 from torch import Tensor
 
 
-def grid_positions(index: int, rows: int, columns: int, device=None) -> Tensor:
-    """(index, row, column) of each patch of a rows × columns grid, row by row: (m, 3) float64.
+def grid_positions(index: int, rows: int, columns: int) -> Tensor:
+    """(index, row, column) of each patch of a rows × columns grid, row by row: (m, 3) float64 on the CPU.
 
     FLUX.1 numbers the image 0; Kontext numbers its reference picture 1 on the first axis.
     """
-    row = torch.arange(rows, dtype=torch.float64, device=device)
-    column = torch.arange(columns, dtype=torch.float64, device=device)
-    grid = torch.stack(torch.meshgrid(torch.full((1,), index).to(row), row, column, indexing="ij"), dim=-1)
-    return rearrange(grid, "one rows columns xyz -> (one rows columns) xyz")
+    axes = (torch.arange(start, start + size, dtype=torch.float64, device="cpu")
+            for start, size in ((index, 1), (0, rows), (0, columns)))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
 def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
@@ -25,11 +24,12 @@ def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tenso
     return torch.cat(angles, dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn neighboring pairs (x₀, x₁) of a head by their angle: (b, h, n, k), (n, k / 2) → (b, h, n, k)."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # the angles are float64
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighboring pairs (x₀, x₁) of a head by their angle: (b, h, n, k), (cos, sin) (2, n, k / 2) → (b, h, n, k).
+
+    Computed in the dtype of `rope`, float32 or wider, and rounded to x's once.
+    """
+    (cos, sin), (even, odd) = rope, x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 

@@ -1,8 +1,8 @@
 """`trace`: named intermediate tensors of a forward pass, without a line in the models.
 
-While it is on, hooks on every module see what goes in and what comes out, a `TorchFunctionMode` sees each attention,
-and a stand-in for the blocks' `repulsion` sees what is pushed. Off, none of this exists. A name is a place, which is
-the module's path with `dual` for `dual_blocks` and `single` for `single_blocks`, and what is seen there:
+While it is on, hooks record the inputs and outputs of every module, a `TorchFunctionMode` those of each attention, and
+a wrapper of each block's `push` the tokens before and after repulsion. A name is the module's path, with `dual` for
+`dual_blocks` and `single` for `single_blocks`, and what is recorded there:
 
     <place>.in, <place>.out            a module of one argument: image_in.out, dual.0.image.mlp.in
     <place>.<argument>.in              of several: latent.in (of the MMDiT itself), dual.0.context.in, dual.0.image.in
@@ -10,7 +10,7 @@ the module's path with `dual` for `dual_blocks` and `single` for `single_blocks`
                                        (single-stream block), last, penultimate, unprojected and pooled (CLIP)
     <place>.modulation.<part>.out      shift, scale, gate, then mlp_…, and second_… where there is a second attention
     <place>.attention.q, k, v, attended    (b, h, n, k): q and k after norm and position; what the softmax reads
-    <block>.repulsion.in, out          a stream before and after the push ("scores": the logits)
+    <block>.repulsion.in, out          the tokens before and after the push
 """
 
 import inspect
@@ -77,14 +77,16 @@ class _Recorder(TorchFunctionMode):
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         for argument, value in call.arguments.items():
             self.keep(place, f"{argument}.in" if len(call.signature.parameters) > 1 else "in", value)
-        if isinstance(module, DualBlock | SingleBlock) and call.arguments.get("repulsion") is not None:
-            call.arguments["repulsion"] = _Watched(call.arguments["repulsion"], partial(self.keep, place))
+        if isinstance(module, DualBlock | SingleBlock) and call.arguments.get("push"):
+            call.arguments["push"] = partial(self.pushed, place, call.arguments["push"])
             return call.args, call.kwargs
         return None
 
     def leave(self, place: str, module: nn.Module, args: tuple, output: Any) -> None:
         self.running.pop()
         names = OUTPUTS.get(type(module)) or getattr(output, "_fields", None)
+        if isinstance(module, Modulation):
+            output = tuple(vector for triple in output for vector in triple if vector is not None)
         if names is None:
             self.keep(place, "out", output)
         else:
@@ -101,28 +103,8 @@ class _Recorder(TorchFunctionMode):
                 self.keep(place, what, tensor)
         return result
 
-
-class _Watched:
-    """Does what a `Repulsion` does (or whatever stands in its place), and shows the streams that it changes."""
-
-    def __init__(self, repulsion: Any, keep: Callable[[str, Tensor], None]):
-        self.repulsion, self.keep = repulsion, keep
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.repulsion, name)
-
-    def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
-        pushed = self.repulsion.streams(site, context, image, groups)
-        return self.shown(context, pushed[0]), self.shown(image, pushed[1])
-
-    def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
-        return self.shown(tokens, self.repulsion.sequence(site, tokens, num_context, groups))
-
-    def scores(self, logits: Tensor, groups: int) -> Tensor:
-        return self.shown(logits, self.repulsion.scores(logits, groups))
-
-    def shown(self, before: Tensor | None, after: Tensor | None) -> Tensor | None:
-        if after is not before:
-            self.keep("repulsion.in", before)
-            self.keep("repulsion.out", after)
-        return after
+    def pushed(self, place: str, push: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        self.keep(place, "repulsion.in", tokens)
+        tokens = push(tokens)
+        self.keep(place, "repulsion.out", tokens)
+        return tokens

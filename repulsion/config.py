@@ -1,6 +1,8 @@
 """`Repulsion`: how strongly, when and where in the model the samples of a batch push each other apart."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -8,70 +10,53 @@ from torch import Tensor
 
 from .repel import check_settings, repel
 
-Blocks = Literal["all", "first", "middle", "last"] | tuple[int, ...]
+THIRDS = ("first", "middle", "last")
 
 
 @dataclass(frozen=True)
 class Repulsion:
-    """The settings of contextual repulsion, and the two places in the model where it acts.
+    """The settings of contextual repulsion. `bind` makes of them the push of one block.
 
-    scale: η, the length of the push (0 or more; its unit differs from model to model, see `PRESETS`), or
-    diversity: instead of a scale, how much more diverse each push makes the tokens: the share, 0 to 1, of what their
-    entropy lacks to log B; it has no unit
-    iterations: M, small steps that the push is made of
+    strength: s, 0 or more: the push of a group is s times as long as the group's tokens; no unit; or
+    scale: η, 0 or more, instead: the step size of the paper; its unit differs from model to model
+    iterations: M, the number of gradient steps that one push consists of
     steps: τ, repel in that many of the first denoising steps,
-    start: after leaving out so many at the very beginning (0: none, the paper)
+    start: after leaving out so many at the beginning (0: none, the paper)
     blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
-    tokens: "context" (the paper), or its ablations: "image", or "scores", the logits of the context's queries in the
-    attention of dual-stream blocks
     branches: with classifier-free guidance push "all" branches, each a group of its own (the paper), or the
-    "conditional" one alone, the last group
+    "conditional" one alone, which is the last group
     single_stream_tokens: in single-stream blocks push "all" tokens (the paper), only the "context", or "none"
-    site: "attention": what the joint attention returns, before gate and residual; "block": what leaves the block
-    objective: "vendi" (the paper), "dpp", "rke" or "cosine", see `repulsion.objectives`
+    objective: "vendi" (the paper), "dpp", "rke", "cosine" (see `repulsion.objectives`), or the control "spread",
+    straight away from the group's mean
     kernel_reg: ε of the regularized kernel
-    solver: "gram" (exact and fast) or "autograd" (the paper's loop)
+    solver: "gram" (B × B matrices) or "autograd" (the paper's loop)
 
     Raises ValueError naming the field that is out of range.
     """
 
+    strength: float | None = None
     scale: float | None = None
-    iterations: int = 50
+    iterations: int = 1
     steps: int = 1
-    blocks: Blocks = "all"
-    tokens: Literal["context", "image", "scores"] = "context"
+    start: int = 0
+    blocks: Literal["all", "first", "middle", "last"] | tuple[int, ...] = "all"
     branches: Literal["all", "conditional"] = "all"
     single_stream_tokens: Literal["all", "context", "none"] = "all"
-    site: Literal["attention", "block"] = "attention"
-    objective: str = "vendi"
+    objective: Literal["vendi", "dpp", "rke", "cosine", "spread"] = "vendi"
     kernel_reg: float = 1e-4
     solver: Literal["gram", "autograd"] = "gram"
-    diversity: float | None = None
-    start: int = 0
 
     def __post_init__(self):
-        check_settings(self.scale, self.diversity, self.iterations, self.objective, self.kernel_reg, self.solver)
-        for field in ("steps", "start"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"repulsion {field} must not be negative, got {getattr(self, field)}")
-        for field, allowed in (("tokens", ("context", "image", "scores")), ("branches", ("all", "conditional")),
-                               ("single_stream_tokens", ("all", "context", "none")), ("site", ("attention", "block"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"repulsion {field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        if isinstance(self.blocks, str):
-            if self.blocks not in ("all", "first", "middle", "last"):
-                raise ValueError(f"repulsion blocks must be all, first, middle, last or indices, got {self.blocks!r}")
-        else:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-            if any(not isinstance(i, int) or i < 0 for i in self.blocks):
-                raise ValueError(f"repulsion blocks must be indices from 0 on, got {self.blocks}")
-
-    @classmethod
-    def preset(cls, name: str) -> "Repulsion":
-        """The paper's settings for a public checkpoint, by its public name (see `PRESETS`)."""
-        if name not in PRESETS:
-            raise ValueError(f"no repulsion preset for {name!r}: there are {', '.join(PRESETS)}")
-        return PRESETS[name]
+        named = isinstance(self.blocks, str)
+        check_settings(self.strength, self.scale, self.iterations, self.objective, self.kernel_reg, self.solver,
+                       blocks=(self.blocks if named else "all", ("all", *THIRDS)),
+                       branches=(self.branches, ("all", "conditional")),
+                       single_stream_tokens=(self.single_stream_tokens, ("all", "context", "none")))
+        blocks = () if named else tuple(self.blocks)
+        object.__setattr__(self, "blocks", self.blocks if named else blocks)
+        for field, values in (("steps", (self.steps,)), ("start", (self.start,)), ("blocks", blocks)):
+            if any(not isinstance(value, int) or value < 0 for value in values):
+                raise ValueError(f"repulsion {field} must be whole numbers from 0 on, got {getattr(self, field)}")
 
     def acts_at(self, step: int) -> bool:
         """Whether denoising step number `step`, from 0, repels."""
@@ -79,10 +64,8 @@ class Repulsion:
 
     def acts_in(self, block: int, num_blocks: int) -> bool:
         """Whether block number `block` of `num_blocks` repels."""
-        if self.blocks == "all":
-            return True
         if isinstance(self.blocks, str):
-            return ("first", "middle", "last")[3 * block // num_blocks] == self.blocks
+            return self.blocks in ("all", THIRDS[3 * block // num_blocks])
         return block in self.blocks
 
     def check_blocks(self, num_blocks: int) -> None:
@@ -91,43 +74,17 @@ class Repulsion:
         if last >= num_blocks:
             raise ValueError(f"repulsion in block {last}, but this model's blocks end at {num_blocks - 1}")
 
-    def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
-        """The two streams of a dual-stream block, one of them repelled if `site` is where this repulsion acts.
+    def bind(self, block: int, num_blocks: int, groups: int = 1,
+             num_context: int | None = None) -> Callable[[Tensor], Tensor] | None:
+        """The push of block number `block`: tokens (groups · B, n, d) → the same shape; None where it does not repel.
 
-        context (groups · B, N, D), or None where the model has dropped it; image (groups · B, M, D) → the same shapes.
+        A dual-stream block pushes its context tokens. A single-stream block, for which `num_context` is given, pushes
+        the tokens of its sequence that `single_stream_tokens` names; the first `num_context` are the context.
         """
-        if site == self.site and self.tokens == "image":
-            image = self._repel(image, groups)
-        elif site == self.site and self.tokens == "context" and context is not None:
-            context = self._repel(context, groups)
-        return context, image
-
-    def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
-        """The sequence of a single-stream block, context first: tokens (groups · B, N + M, D) → the same shape."""
-        if self.tokens == "image":
-            start, stop = num_context, None
-        else:
-            start, stop = 0, {"all": None, "context": num_context, "none": 0}[self.single_stream_tokens]
-        if site != self.site or stop == 0 or self.tokens == "scores":
-            return tokens
-        repelled = tokens.clone()
-        repelled[:, start:stop] = self._repel(tokens[:, start:stop], groups)
-        return repelled
-
-    def scores(self, logits: Tensor, groups: int) -> Tensor:
-        """The logits of the context's queries, repelled: (groups · B, heads, N, N + M) → the same shape."""
-        return self._repel(logits.flatten(1, 2), groups).view_as(logits)
-
-    def _repel(self, tokens: Tensor, groups: int) -> Tensor:
-        still = len(tokens) - len(tokens) // groups if self.branches == "conditional" else 0  # so many stay as they are
-        pushed = repel(tokens[still:], self.scale, self.iterations, diversity=self.diversity, objective=self.objective,
-                       kernel_reg=self.kernel_reg, solver=self.solver, groups=1 if still else groups)
-        return torch.cat([tokens[:still], pushed]) if still else pushed
-
-
-PRESETS: dict[str, Repulsion] = {  # the settings table of the paper, η where it reports its figures
-    "flux1-dev": Repulsion(scale=5e8, iterations=50, steps=1),
-    "sd3.5-large": Repulsion(scale=5e5, iterations=100, steps=4),
-    "sd3.5-large-turbo": Repulsion(scale=5e5, iterations=100, steps=1),
-}
-PRESETS["flux1-kontext-dev"] = PRESETS["flux1-dev"]  # "unchanged"
+        first = None if num_context is None or self.single_stream_tokens == "all" else num_context
+        if not self.acts_in(block, num_blocks) or (num_context is not None and self.single_stream_tokens == "none"):
+            return None
+        push = partial(repel, scale=self.scale, iterations=self.iterations, strength=self.strength,
+                       objective=self.objective, kernel_reg=self.kernel_reg, solver=self.solver, groups=groups,
+                       last_group=self.branches == "conditional", first=first)
+        return torch.compiler.disable(push) if torch.compiler.is_compiling() else push

@@ -1,39 +1,42 @@
-"""What repulsion climbs: functions of the density matrix K̃ that are larger the more different the samples are.
+"""What repulsion climbs: functions of the samples' kernel that are larger the more different the samples are.
 
-Each takes K̃ (…, B, B), symmetric, positive definite, of trace 1, and returns (…). Both solvers differentiate these
-very functions, so a new objective is one function and one row in `OBJECTIVES`.
+Each objective is a pair. f (torch) is its value for the density matrix K̃ (g, B, B), which is symmetric, positive
+definite and of trace 1; f′ (numpy) is the derivative ∂f/∂K̃, a symmetric matrix in closed form. The Gram solver uses f′,
+the autograd solver differentiates f, and a test compares the two. A new objective is one row of `OBJECTIVES`.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def density_matrix(kernel: Tensor, reg: float) -> Tensor:
-    """K̃ = (K + ε I) / (B (1 + ε)): trace 1, and log λ stays finite when samples coincide."""
-    b = kernel.shape[-1]
-    identity = torch.eye(b, dtype=kernel.dtype, device=kernel.device)
-    return (kernel + reg * identity) / (b * (1 + reg))
+def density_matrix(kernel, identity, reg: float):
+    """K̃ = (K + ε I) / (B (1 + ε)): trace 1, and log λ stays finite when samples coincide. Torch or numpy."""
+    return (kernel + reg * identity) / (len(identity) * (1 + reg))
 
 
-def vendi(density: Tensor) -> Tensor:
-    """Von Neumann entropy −Σ λ log λ (paper Eq. 4), from 0 to log B."""
-    return torch.special.entr(torch.linalg.eigvalsh(density)).sum(-1)
+def spectral(f: Callable[[Tensor], Tensor], derivative: Callable[[np.ndarray], np.ndarray]) -> tuple:
+    """The pair of an objective that depends on the eigenvalues λ of K̃ alone, from f(λ) and f′(λ): U f′(λ) Uᵀ."""
+
+    def matrix(density: np.ndarray) -> np.ndarray:
+        eigenvalues, u = np.linalg.eigh(density)
+        return (u * derivative(eigenvalues)[..., None, :]) @ u.swapaxes(-1, -2)
+
+    return lambda density: f(torch.linalg.eigvalsh(density)), matrix
 
 
-def dpp(density: Tensor) -> Tensor:
-    """Log-determinant Σ log λ, the likelihood of a determinantal point process (DiverseFlow), up to −B log B."""
-    return torch.logdet(density)
-
-
-def rke(density: Tensor) -> Tensor:
-    """Order-2 Rényi entropy −log Σ λ² (SPARKE), from 0 to log B."""
-    return -density.square().sum((-2, -1)).log()
-
-
-def cosine(density: Tensor) -> Tensor:
-    """Minus the mean similarity of a pair (the form of particle guidance), from −1 to 1 / (B − 1)."""
-    trace = density.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return -(density.sum((-2, -1)) - trace) / (density.shape[-1] - 1)
-
-
-OBJECTIVES = {"vendi": vendi, "dpp": dpp, "rke": rke, "cosine": cosine}
+OBJECTIVES: dict[str, tuple] = {
+    # von Neumann entropy (paper Eq. 4), from 0 to log B
+    "vendi": spectral(lambda e: torch.special.entr(e).sum(-1), lambda e: -np.log(e) - 1),
+    # log-determinant, the log-likelihood of a determinantal point process (DiverseFlow), at most −B log B
+    "dpp": spectral(lambda e: e.log().sum(-1), lambda e: 1 / e),
+    # order-2 Rényi entropy (SPARKE), from 0 to log B
+    "rke": spectral(lambda e: -e.square().sum(-1).log(), lambda e: -2 * e / np.square(e).sum(-1, keepdims=True)),
+    # minus the mean cosine of a pair (the form of particle guidance), from −1 to 1 / (B − 1)
+    "cosine": (lambda density: (1 - density.sum((-2, -1))) / (density.shape[-1] - 1),
+               lambda density: np.full_like(density, -1 / (density.shape[-1] - 1))),
+}
+# and the control, which is no function of K̃: "spread", half the squared distances from the group's mean
+NAMES = (*OBJECTIVES, "spread")

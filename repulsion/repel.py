@@ -1,65 +1,89 @@
 """`repel`: one group or several of contextual tokens in, the same tokens further apart out."""
 
-import math
-
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .objectives import OBJECTIVES
-from .solvers import ascend_autograd, ascend_gram, ascend_to
-
-SOLVERS = {"gram": ascend_gram, "autograd": ascend_autograd}
+from .objectives import NAMES
+from .solvers import ascend_autograd, mixing_matrix
 
 
-def check_settings(scale: float | None, diversity: float | None, iterations: int, objective: str, kernel_reg: float,
-                   solver: str) -> None:
-    """Raises ValueError, naming the setting, where one makes no sense."""
-    if (scale is None) == (diversity is None):
-        raise ValueError("repulsion needs a scale or a diversity" + (", not both" if scale is not None else ""))
-    if scale is not None and not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"repulsion scale must be a finite number, 0 or more, got {scale}")
-    if diversity is not None and not 0 <= diversity <= 1:
-        raise ValueError(f"repulsion diversity must be a number from 0 to 1, got {diversity}")
-    if diversity is not None and solver != "gram":
-        raise ValueError('repulsion diversity is solved for in Gram space: use solver="gram", or a scale')
+def check_settings(strength, scale, iterations, objective, kernel_reg, solver, **choices: tuple[str, tuple]) -> None:
+    """Raises ValueError naming the setting that is out of range; `choices`: name = (value, what it may be)."""
+    if (strength is None) == (scale is None):
+        raise ValueError("repulsion needs a strength or a scale" + (", not both" if scale is not None else ""))
+    for name, value in (("strength", strength), ("scale", scale)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"repulsion {name} must be a finite number, 0 or more, got {value}")
     if iterations < 1:
         raise ValueError(f"repulsion iterations must be at least 1, got {iterations}")
-    if not (math.isfinite(kernel_reg) and kernel_reg > 0):
-        raise ValueError(f"kernel_reg must be a finite number above 0, got {kernel_reg}")
-    for name, value, known in (("objective", objective, OBJECTIVES), ("solver", solver, SOLVERS)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if not 0 < kernel_reg < float("inf"):
+        raise ValueError(f"repulsion kernel_reg must be a finite number above 0, got {kernel_reg}")
+    choices |= {"objective": (objective, NAMES), "solver": (solver, ("gram", "autograd"))}
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"repulsion {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def repel(tokens: Tensor, scale: float | None, iterations: int, *, diversity: float | None = None,
-          objective: str = "vendi", kernel_reg: float = 1e-4, solver: str = "gram", groups: int = 1) -> Tensor:
+@torch.no_grad()
+def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: float | None = None,
+          objective: str = "vendi", kernel_reg: float = 1e-4, solver: str = "gram", groups: int = 1,
+          last_group: bool = False, first: int | None = None) -> Tensor:
     """Push the samples of each group apart (paper Eq. 2): tokens (groups · B, N, D) → the same shape and dtype.
 
-    A sample's N tokens are one vector of N · D numbers. `scale` is η, `iterations` M. Both solvers work in float64,
-    whatever the tokens' dtype, and the result is rounded to that dtype once. `diversity` takes the place of a scale
-    (None): the share, 0 to 1, of what the objective lacks to its value for orthogonal samples, for the entropy log B,
-    by which each group's is raised; it is solved for, so it means the same in every model, block and step.
+    A sample's N tokens are one vector of N · D numbers. The push goes along the gradient of the objective in
+    `iterations` steps (M). Its length is given by `scale` (η, the step size of the paper, whose unit depends on the
+    model) or by `strength`: the push of a group is that many times as long as the group's tokens, in M steps of
+    strength / M. `last_group` pushes the last group alone, `first` only the first so many tokens of each sample; the
+    others are returned as they are. Solver "gram" computes the push on B × B matrices in float64 and touches the
+    tokens twice; "autograd" is the paper's loop in float64. The result is rounded to the tokens' dtype once.
 
-    Defined at the edges: scale or diversity 0 or a group of one returns the tokens as they are. Samples that coincide
-    have no direction to leave each other in: they move alike, and where all coincide, not at all ("autograd": up to
-    its rounding, which a strong push can make visible). A zero vector stays zero and pushes nobody. A diversity out
-    of reach along the gradient is approached. Raises ValueError for no tokens, NaN or infinite ones, a batch that is no
-    multiple of `groups`, and settings out of range.
+    strength or scale 0 and a group of one return the tokens unchanged. Samples that coincide cannot be told apart: they
+    move alike, and where all coincide, none moves. A zero vector stays zero and repels no sample. Raises ValueError for
+    no tokens, NaN or infinite tokens, a batch that is no multiple of `groups`, settings out of range, and a push that
+    exceeds the range of the tokens' dtype.
     """
-    check_settings(scale, diversity, iterations, objective, kernel_reg, solver)
-    if tokens.ndim != 3 or not tokens.numel() or groups < 1 or tokens.shape[0] % groups:
-        raise ValueError(f"tokens must be (groups · B, N, D) with groups = {groups}, got {tuple(tokens.shape)}")
-    if not tokens.is_floating_point():
-        raise ValueError(f"tokens must be floating point, got {tokens.dtype}")
-    if not torch.isfinite(torch.stack(tokens.aminmax())).all():  # both are NaN where one token is
-        raise ValueError("tokens hold NaN or infinity: the model overflowed before the repulsion (try bfloat16)")
-    if not (scale or diversity) or tokens.shape[0] == groups:
+    check_settings(strength, scale, iterations, objective, kernel_reg, solver)
+    if tokens.ndim != 3 or not tokens.numel() or groups < 1 or len(tokens) % groups or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be (groups · B, N, D), floating point, with groups = {groups}, got "
+                         f"{tuple(tokens.shape)}, {tokens.dtype}")
+    if not (strength or scale) or tokens.shape[0] == groups:
         return tokens
-    with torch.inference_mode(False), torch.enable_grad():
-        vectors = rearrange(tokens.detach(), "(g b) n d -> g b (n d)", g=groups).clone()
-        if solver == "autograd":
-            vectors = vectors.double()
-        ascend, dose = (SOLVERS[solver], scale) if diversity is None else (ascend_to, diversity)
-        repelled = ascend(vectors, dose, iterations, OBJECTIVES[objective], kernel_reg)
-    return rearrange(repelled.detach().to(tokens.dtype), "g b (n d) -> (g b) n d", n=tokens.shape[1])
+    device, samples = tokens.device, len(tokens) // groups
+    tokens = tokens.detach().to("cpu" if device.type == "mps" else device)  # MPS has no float64
+    result = tokens.clone() if last_group or first else torch.empty_like(tokens)
+    part = slice(len(tokens) - samples if last_group else 0, None), slice(first)
+    c, target = (rearrange(x[part], "(g b) n d -> g b n d", b=samples) for x in (tokens, result))
+    gram = gram_matrix(c)
+    if not np.isfinite(gram).all():  # a token that is NaN or infinite makes it so
+        raise ValueError("tokens hold NaN or infinity: the model overflowed before the repulsion (try bfloat16)")
+    settings = strength, scale, iterations, objective, kernel_reg
+    if solver == "gram":
+        mixing, norm = mixing_matrix(gram, *settings)
+        mixing = torch.from_numpy(mixing).to(tokens.device)
+        for source, place in zip(chunks(c), chunks(target), strict=True):
+            wide = source.flatten(2).double()
+            place.copy_(wide.baddbmm(mixing, wide).view_as(source))  # C + E C, the samples of a group mixed
+    else:
+        with torch.inference_mode(False), torch.enable_grad():
+            pushed, norm = ascend_autograd(c.flatten(2).double().clone(), *settings), np.inf
+        target.copy_(pushed.view_as(c))
+    # no number exceeds its vector's norm: the result itself need only be read where that does not settle it
+    if not norm <= torch.finfo(tokens.dtype).max and not torch.isfinite(result).all():
+        raise ValueError(f"the push exceeds the range of {tokens.dtype}: lower the strength or scale, or use bfloat16")
+    return result.to(device)
+
+
+def gram_matrix(c: Tensor) -> np.ndarray:
+    """Inner products of every pair, summed in float64: c (g, B, N, D) → (g, B, B)."""
+    gram = torch.zeros(len(c), c.shape[1], c.shape[1], dtype=torch.float64, device=c.device)
+    for source in chunks(c):
+        wide = source.flatten(2).double()
+        gram.baddbmm_(wide, wide.mT)
+    return gram.numpy(force=True)
+
+
+def chunks(c: Tensor) -> tuple[Tensor, ...]:
+    """(g, B, N, D) in pieces along N, so that what is widened to float64 at a time is small beside the tokens."""
+    return c.split(max(-(-(1 << 16) // c[:, :, 0].numel()), c.shape[2] // 48), dim=2)

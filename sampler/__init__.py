@@ -1,7 +1,7 @@
-"""From a prompt to pictures: schedules, the Euler loop, guidance, pipelines, the command line."""
+"""From a prompt to pictures: schedules, the sampling loop, guidance, pipelines, the command line."""
 
 from .guidance import SkipLayerGuidance
 from .pipeline import Pipeline
-from .schedule import euler, sigmas, starting_noise
+from .schedule import denoise, sigmas, starting_noise
 
-__all__ = ["Pipeline", "SkipLayerGuidance", "euler", "sigmas", "starting_noise"]
+__all__ = ["Pipeline", "SkipLayerGuidance", "denoise", "sigmas", "starting_noise"]

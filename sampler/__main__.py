@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
             "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed}
 
-    diverse = args.method or "repelled"
+    diverse = "repelled" if args.method == "repulsion" else args.method
     batches = {} if args.no_compare else {"base": {}}
     batches[diverse] = {"repulsion": repulsion, "method": other}
     pictures, found = {}, {}

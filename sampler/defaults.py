@@ -1,7 +1,7 @@
 """What a checkpoint wants where the caller says nothing: steps, guidance, size, schedule, repulsion."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmdit import MMDiTConfig
@@ -23,14 +23,17 @@ class Defaults:
     world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
 
 
+_FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
+_LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
+
 PUBLIC = {  # by public name
-    "flux1-dev": Defaults(28, 3.5, repulsion=Repulsion.preset("flux1-dev")),
-    "flux1-kontext-dev": Defaults(28, 2.5, repulsion=Repulsion.preset("flux1-kontext-dev")),
+    "flux1-dev": Defaults(28, 3.5, repulsion=_FLUX),
+    "flux1-kontext-dev": Defaults(28, 2.5, repulsion=_FLUX),
     "flux1-schnell": Defaults(4, shift=1.0, prompt_tokens=256),
     "sd3-medium": Defaults(28, 7.0, shift=3.0),
     "sd3.5-medium": Defaults(40, 4.5, shift=3.0),
-    "sd3.5-large": Defaults(28, 4.5, shift=3.0, repulsion=Repulsion.preset("sd3.5-large")),
-    "sd3.5-large-turbo": Defaults(4, shift=3.0, repulsion=Repulsion.preset("sd3.5-large-turbo")),
+    "sd3.5-large": Defaults(28, 4.5, shift=3.0, repulsion=_LARGE),
+    "sd3.5-large-turbo": Defaults(4, shift=3.0, repulsion=replace(_LARGE, steps=1)),
 }
 
 
@@ -41,9 +44,11 @@ def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
     """
     if (path / "sampling.json").is_file():
         found = read_json(path / "sampling.json")
-        if found.get("repulsion"):
-            found["repulsion"] = Repulsion(**found["repulsion"])
-        return Defaults(**found)
+        try:
+            found["repulsion"] = Repulsion(**found["repulsion"]) if found.get("repulsion") else None
+            return Defaults(**found)
+        except TypeError as error:
+            raise ValueError(f"{path / 'sampling.json'} has a setting that does not exist: {error}") from error
     return PUBLIC[public_name(path, config)]
 
 

@@ -1,7 +1,16 @@
-"""Skip-layer guidance, which SD3.5-medium may be sampled with besides the classifier-free one."""
+"""The velocity of a prompt: the transformer with classifier-free, distilled and skip-layer guidance."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from einops import repeat
+from torch import Tensor
+
+from mmdit import MMDiT
+from repulsion import Repulsion
+
+Condition = Callable[[int, float, int], tuple[Tensor, Tensor]]  # (samples, σ, step) → context and pooled vector
 
 
 @dataclass(frozen=True)
@@ -40,3 +49,51 @@ class SkipLayerGuidance:
         if max(self.layers) >= num_dual_blocks:
             raise ValueError(f"skip-layer guidance skips layer {max(self.layers)}, but this model's dual-stream blocks "
                              f"end at {num_dual_blocks - 1}")
+
+
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """v(x, σ, step) of a batch of one prompt, with guidance and repulsion.
+
+    condition: (samples, σ, step) → context (g · samples, N, d) and pooled (g · samples, d): the samples of each prompt,
+    those of the prompt to be followed last
+    weight: w of classifier-free guidance, v_uncond + w (v_cond − v_uncond); None without
+    distilled: the guidance that the model is told, where it was distilled with guidance
+    reference: (1, c, H', W'), Kontext's picture
+    """
+
+    transformer: MMDiT
+    condition: Condition
+    steps: int
+    weight: float | None = None
+    distilled: float | None = None
+    reference: Tensor | None = None
+    repulsion: Repulsion | None = None
+    skip_layers: SkipLayerGuidance | None = None
+
+    def __call__(self, x: Tensor, sigma: float, step: int, guided: bool = True) -> Tensor:
+        """x (b, c, H, W) at σ → the velocity, float32. Without `guided`, both guidances are 1: the prompt alone.
+
+        The branches of classifier-free guidance are one batch of two groups, the unconditional one first; samples repel
+        those of their own branch, so that guidance amplifies what sets the branches apart and not the push.
+        """
+        b, groups = len(x), 2 if guided and self.weight is not None else 1
+        n = groups * b
+        context, pooled = self.condition(b, sigma, step)
+        inputs = {"latent": repeat(x, "b ... -> (g b) ...", g=groups), "sigma": x.new_full((n,), sigma),
+                  "context": context[-n:], "pooled": pooled[-n:]}
+        if self.distilled is not None:
+            inputs["guidance"] = x.new_full((n,), self.distilled if guided else 1.0)
+        if self.reference is not None:
+            inputs["reference"] = self.reference.expand(n, -1, -1, -1)
+        repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
+
+        v = self.transformer(**inputs, repulsion=repulsion, groups=groups).float()
+        conditional = v[-b:]
+        if groups == 2:
+            v = v[:b] + self.weight * (conditional - v[:b])
+        if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
+            last = {name: tensor[-b:] for name, tensor in inputs.items()}
+            skipped = self.transformer(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
+            v = v + self.skip_layers.scale * (conditional - skipped)
+        return v

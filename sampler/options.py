@@ -14,21 +14,20 @@ from .methods import METHODS, Method
 
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
-How it works: behind every joint attention of the model the text tokens of each sample have read from that sample's
-image. In the first --repel-steps denoising steps and in --blocks, they are pushed apart as the attention or the block
-returns them (--site), as far as --diversity says and in --iterations small steps, along the gradient of the batch's
-entropy. The prompt stays what it is; the pictures start to differ.
+How it works: in every joint attention of the model the text tokens of each sample attend to that sample's image. In the
+first --repel-steps denoising steps and in --blocks, the text tokens that the attention returns are pushed apart, along
+the gradient of the batch's entropy, --strength times as far as they are long. The prompt embedding is not changed.
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --diversity 0.5
+  python -m sampler "a star and a square" --images 4 --seed 7 --strength 2
   python -m sampler "a small green ring on the left" --blocks middle --repel-steps 8
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
   python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
-Too alike? Raise --diversity or --repel-steps. No longer what the prompt says? Lower them, or repel in fewer blocks."""
+Too alike? Raise --strength or --repel-steps. No longer what the prompt says? Lower them, or repel in fewer blocks."""
 
 
 def blocks(text: str) -> str | tuple[int, ...]:
@@ -63,21 +62,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-layers", type=indices, metavar="LIST",
                    help="SD3.5-medium: lead away from what it paints without these blocks, usually 7-9")
     p.add_argument("--skip-scale", type=float, metavar="S", help="how strongly (default: 2.8)")
-    r = p.add_argument_group("repulsion (defaults: the checkpoint's)")
-    r.add_argument("--diversity", type=float, metavar="D", help="how much more diverse each push makes the tokens: the "
-                   "share, 0 to 1, of what their entropy lacks to its highest")
-    r.add_argument("--scale", type=float, help="η, instead: the strength of the push; its unit differs between models")
-    r.add_argument("--iterations", type=int, help="M, the small steps that one push is made of")
+    r = p.add_argument_group("diversity (defaults: the checkpoint's)")
+    r.add_argument("--strength", type=float, metavar="S", help="of the method, 0: none; of repulsion: the push is S "
+                   "times as long as the tokens")
+    r.add_argument("--method", choices=["repulsion", *METHODS], default="repulsion", help="contextual repulsion, or "
+                   "a rival (see sampler/methods); both, if an option of repulsion is given beside the rival's strength")
+    r.add_argument("--scale", type=float, help="η, instead of a strength: the step size, in a unit of the model")
+    r.add_argument("--iterations", type=int, help="M, the number of gradient steps in one push")
     r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
-    r.add_argument("--site", choices=["attention", "block"], help="push what the attention or what the block returns")
-    r.add_argument("--tokens", choices=["context", "image", "scores"], help="what is pushed: text tokens, "
-                   "image tokens, or the attention's scores")
-    r.add_argument("--branches", choices=["all", "conditional"], help="of classifier-free guidance: push both, or the "
-                   "one that reads the prompt")
-    d = p.add_argument_group("other ways to make a batch diverse (see sampler/methods, and --guidance)")
-    d.add_argument("--method", choices=METHODS, help="instead of repulsion; beside it, if an option of it is given")
-    d.add_argument("--strength", type=float, metavar="S", help="of the method, 0: none (default: the method's)")
+    r.add_argument("--branches", choices=["all", "conditional"], help="with classifier-free guidance: push both "
+                   "branches, or the conditional one")
+    r.add_argument("--diversity", type=float, help=argparse.SUPPRESS)  # of earlier versions
     m = p.add_argument_group("where --model does not hold everything, or memory is short")
     m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
     m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
@@ -97,20 +93,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
-    """The checkpoint's repulsion, with what the command line says instead; None beside a method if it says nothing."""
-    said = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
-            "site": args.site, "tokens": args.tokens, "branches": args.branches}
-    said = {name: value for name, value in said.items() if value is not None}
-    if args.method is not None and not said and args.diversity is None:
-        return None
+    """The checkpoint's repulsion, with what the command line says instead; None beside a rival if it says nothing."""
     if args.diversity is not None:
-        said |= {"scale": args.scale, "diversity": args.diversity}
+        raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
+                         "the tokens, for example --strength 1")
+    said = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
+            "branches": args.branches, "strength": args.strength if args.method == "repulsion" else None}
+    said = {name: value for name, value in said.items() if value is not None}
+    if args.method != "repulsion" and not said:
+        return None
+    if "strength" in said or "scale" in said:
+        return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **said})
     if default is None:
-        if args.scale is None and args.diversity is None:
-            raise ValueError(f"{name_of(args)} has no default repulsion: say --diversity, for example 0.1")
-        return Repulsion(**said)
-    if args.scale is not None:
-        said["diversity"] = args.diversity
+        raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 1")
     return replace(default, **said)
 
 
@@ -129,10 +124,8 @@ def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
 
 
 def method(args: argparse.Namespace) -> Method | None:
-    """What --method and --strength ask for."""
-    if args.method is None:
-        if args.strength is not None:
-            raise ValueError(f"--strength needs a --method: {', '.join(METHODS)}")
+    """The rival that --method and --strength ask for."""
+    if args.method == "repulsion":
         return None
     return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
 

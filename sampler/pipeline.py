@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from PIL import Image
 from torch import Tensor, nn
 
@@ -16,11 +16,11 @@ from weights import Stored
 
 from .conditioning import TextEncoders
 from .defaults import Defaults, find_defaults, read_json
-from .guidance import SkipLayerGuidance
+from .guidance import GuidedVelocity, SkipLayerGuidance
 from .kontext import reference_pixels
 from .methods import Method
 from .parts import Part, load_streamed
-from .schedule import euler, sigmas, starting_noise
+from .schedule import sigmas, starting_noise
 from .sources import find_sources
 
 
@@ -113,13 +113,12 @@ class Pipeline:
         FLUX.1, whose own was distilled into it, `true_guidance` above 1 and a negative prompt. `image`: the picture
         that FLUX.1-Kontext edits, resized as the original does (see `reference_size`); height and width then default
         to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
-        (SD3.5-medium). The samples of each branch repel each other, those of the third as well, so that guidance
-        amplifies what sets the branches apart and not the push. `method` is another way to make them differ, see
-        `sampler.methods`, alone or beside repulsion; one that starts with more candidates than pictures takes as much
-        `noise`. `progress` names a progress bar.
+        (SD3.5-medium). The samples of each branch repel each other, those of the third as well. `method` is another
+        way to make them differ, see `sampler.methods`, alone or beside repulsion; one that starts with more candidates
+        than pictures takes as much `noise`. `progress` names a progress bar.
         Raises ValueError, naming the argument, for a call that cannot be right.
         """
-        method = method or Method()  # which acts nowhere
+        method = method or Method()  # plain sampling
         steps = self.defaults.steps if steps is None else steps
         guidance = self.defaults.guidance if guidance is None else guidance
         self._check(prompt, images, image, skip_layer_guidance)
@@ -128,41 +127,26 @@ class Pipeline:
         area = self.defaults.height * self.defaults.width
         pixels = None if image is None else reference_pixels(image, area, self.multiple)
         height, width = self._size(height, width, pixels)
-        levels = self.sigmas(steps, height, width)
-        noise = self._noise(seed, method.candidates(images), height, width, noise)
-
-        # both branches of classifier-free guidance are one batch of two groups, the unconditional one first
+        sigmas = self.sigmas(steps, height, width)
+        draw = partial(self._noise, seed=seed, height=height, width=width, noise=noise)
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
-        context, pooled = self.text(*prompts)
+
+        texts = self.text(*prompts)
         reference = None if pixels is None else self._encode_picture(pixels)
+        noise = method.noise(draw, images)
 
-        def predict(x: Tensor, sigma: float, step: int, groups: int, skip_layers: tuple[int, ...] = ()) -> Tensor:
-            b, n = len(x), groups * len(x)
-            texts = [repeat(text[-groups:], "g ... -> (g b) ...", b=b) for text in (context, pooled)]
-            return self.transformer(
-                repeat(x, "b ... -> (g b) ...", g=groups), x.new_full((n,), sigma),
-                *method.condition(*texts, b, sigma, step, seed),
-                x.new_full((n,), method.weight(guidance, sigma)) if self.config.guidance_embedding else None,
-                None if reference is None else reference.expand(n, -1, -1, -1),
-                repulsion if repulsion is not None and repulsion.acts_at(step) else None, groups, skip_layers,
-            ).float()
+        def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
+            return tuple(repeat(text, "g ... -> (g b) ...", b=samples) for text in texts)
 
-        def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
-            w = 1 if weight is None else method.weight(weight, sigma)
-            if w == 1:
-                v = conditional = predict(x, sigma, step, groups=1)
-            else:
-                unconditional, conditional = predict(x, sigma, step, groups=2).chunk(2)
-                v = unconditional + w * (conditional - unconditional)
-            if skip_layer_guidance is not None and skip_layer_guidance.acts_in(step, steps):
-                skipped = predict(x, sigma, step, groups=1, skip_layers=skip_layer_guidance.layers)
-                v = v + skip_layer_guidance.scale * (conditional - skipped)
-            return method.steer(x, v, sigma, levels[step + 1].item(), step)
-
-        with self.parts["transformer"].used():
-            latent = euler(velocity, noise, levels, progress, lambda x, left: method.choose(x, images, left))
-        with self.parts["autoencoder"].used() as autoencoder:
-            return [to_picture(x) for x in autoencoder.decode(latent.to(self.dtype)).float()]
+        with self.parts["transformer"].used() as transformer:
+            velocity = GuidedVelocity(
+                transformer, method.condition(condition, seed), steps, weight=weight, reference=reference,
+                distilled=guidance if self.config.guidance_embedding else None, repulsion=repulsion,
+                skip_layers=skip_layer_guidance,
+            )
+            latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress)
+        with self.parts["autoencoder"].used() as autoencoder:  # one by one: decoding takes the most memory
+            return [to_picture(autoencoder.decode(x.to(self.dtype)).float()) for x in latent.split(1)]
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
@@ -176,10 +160,9 @@ class Pipeline:
         with self.parts["autoencoder"].used() as autoencoder:
             return autoencoder.encode(pixels.to(self.device, self.dtype))
 
-    def _noise(self, seed: int, images: int, height: int, width: int, noise: Tensor | None) -> Tensor:
+    def _noise(self, images: int, *, seed: int, height: int, width: int, noise: Tensor | None) -> Tensor:
         """The caller's noise or the seed's, on the transformer's device, float32."""
-        downscale = self.downscale
-        shape = (self.config.latent_channels, height // downscale, width // downscale)
+        shape = (self.config.latent_channels, height // self.downscale, width // self.downscale)
         if noise is None:
             noise = starting_noise(seed, images, shape)
         elif tuple(noise.shape) != (images, *shape):
@@ -244,8 +227,6 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
-    pixels = rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu(), "c y x -> y x c")
-    content = bytearray(pixels.numel())
-    torch.frombuffer(content, dtype=torch.uint8).copy_(pixels.flatten())
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(content))
+    """(1, 3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
+    pixels = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.movedim(0, -1).numpy(force=True))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,10 +15,8 @@ from weights.tiny.world import Scene
 
 def to_pixels(pictures: list[Image.Image]) -> Tensor:
     """RGB pictures of one size → (b, 3, H, W) float32 in [-1, 1]."""
-    width, height = pictures[0].size
-    data = b"".join(picture.tobytes() for picture in pictures)
-    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, height, width, 3)
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) -> dict:

@@ -1,11 +1,14 @@
-"""Time: the noise levels σ from 1 (noise) to 0 (picture), and the Euler loop along them."""
+"""Time: the noise levels σ from 1 (noise) to 0 (picture), and the sampling loop."""
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+Velocity = Callable[..., Tensor]  # (x (b, c, H, W), σ, step, guided=True) → v (b, c, H, W)
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
@@ -39,27 +42,27 @@ def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, s
     return shifted(times, shift if image_tokens is None else dynamic_shift(image_tokens)).float()
 
 
-def euler(velocity: Callable[[Tensor, float, int], Tensor], noise: Tensor, sigmas: Tensor,
-          progress: str | None = None, choose: Callable[[Tensor, int], Tensor | None] | None = None) -> Tensor:
-    """Follow the velocity (noise − image) from noise to image: x ← x + (σ_next − σ) v(x, σ, step).
+def denoise(velocity: Velocity, noise: Tensor, sigmas: Tensor, progress: str | None = None) -> Tensor:
+    """Follow the velocity (noise − image) from noise to image with Euler steps: x ← x + (σ_next − σ) v(x, σ, step).
 
     noise (b, c, H, W) at σ = sigmas[0]; sigmas (steps + 1,), falling → (b, c, H, W) at sigmas[-1].
-    `progress` names a progress bar. `choose` says after each step which samples go on: the pictures predicted in it,
-    x̂₀ = x − σ v, and the number of steps left → indices, or None for all.
+    `progress` names a progress bar.
     """
     x, levels = noise, sigmas.tolist()
     for step in tqdm(range(len(levels) - 1), desc=progress, disable=progress is None, leave=False):
-        v = velocity(x, levels[step], step)
-        kept = None if choose is None else choose(x - levels[step] * v, len(levels) - 2 - step)
-        x = x + (levels[step + 1] - levels[step]) * v
-        x = x if kept is None else x[kept]
+        sigma, next_sigma = levels[step], levels[step + 1]
+        x = x + (next_sigma - sigma) * velocity(x, sigma, step)
     return x
 
 
 def starting_noise(seed: int, images: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise (images, *shape), float32; that of image i depends on the seed and i alone."""
+    """Standard normal noise (images, *shape), float32 on the CPU; that of image i depends on the seed and i alone."""
     noise = []
     for i in range(images):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-        noise.append(torch.randn(shape, generator=generator))
+        if seed < 2**32:
+            generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + i) % 2**63)
+            noise.append(torch.randn(shape, generator=generator, device="cpu"))
+        else:  # torch's generator on the CPU reads 32 bits of its seed
+            numbers = np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32)
+            noise.append(torch.from_numpy(numbers))
     return torch.stack(noise)

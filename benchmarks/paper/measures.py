@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor
 
 from repulsion import vendi_score
-from sampler.interpolate import blur
 from sampler.report import to_pixels
 from weights.tiny.captions import parse
 from weights.tiny.reader import adherence, attribute_vectors, find_ground, find_things, read
@@ -28,6 +27,7 @@ from weights.tiny.world import (
     signed_distance,
 )
 
+from ..interpolate import blur
 from .embedding import WIDTH, Embedding
 
 CLEARLY = 0.25  # a pixel is wrong where a channel is off by more than this share of its range
@@ -40,7 +40,7 @@ def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> d
     adherence: share of the prompted attributes that are present, 0 to 1
     unreadable: share of a picture's attributes that the reader cannot tell, 0 to 1
     wrong_pixels: how many of the 4,096 differ clearly from the closest picture that the world's renderer can draw
-    blur: see `sampler.interpolate.blur`, levels of 255
+    blur: see `benchmarks.interpolate.blur`, levels of 255
     scenes, embedding: what each picture shows, and where it lies
     """
     pixels = to_pixels(pictures)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..guidance import Condition
 from ..schedule import starting_noise
 from .method import Method
 
@@ -41,17 +42,20 @@ class CADS(Method):
         if not 0 <= self.mix <= 1:
             raise ValueError(f"CADS's mix must be a number from 0 to 1, got {self.mix}")
 
-    def condition(self, context: Tensor, pooled: Tensor, samples: int, sigma: float, step: int,
-                  seed: int) -> tuple[Tensor, Tensor]:
-        gamma = min(max((self.stop - sigma) / (self.stop - self.start), 0), 1)
-        if gamma == 1 or self.strength == 0:
-            return context, pooled
-        sizes = [context[0].numel(), pooled[0].numel()]
-        fresh = starting_noise(-1 - 10_000 * seed - step, samples, (sum(sizes),))  # below 0: no picture starts from it
-        return tuple(
-            torch.cat([y[:-samples], self.anneal(y[-samples:], noise.view_as(y[-samples:]), gamma)])
-            for y, noise in zip((context, pooled), fresh.split(sizes, dim=1), strict=True)
-        )
+    def condition(self, condition: Condition, seed: int) -> Condition:
+        def annealed(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
+            context, pooled = condition(samples, sigma, step)
+            gamma = min(max((self.stop - sigma) / (self.stop - self.start), 0), 1)
+            if gamma == 1 or self.strength == 0:
+                return context, pooled
+            sizes = [context[0].numel(), pooled[0].numel()]
+            fresh = starting_noise(-1 - 10_000 * seed - step, samples, (sum(sizes),))  # below 0: not a picture's noise
+            return tuple(
+                torch.cat([y[:-samples], self.anneal(y[-samples:], noise.view_as(y[-samples:]), gamma)])
+                for y, noise in zip((context, pooled), fresh.split(sizes, dim=1), strict=True)
+            )
+
+        return annealed
 
     def anneal(self, y: Tensor, noise: Tensor, gamma: float) -> Tensor:
         """What y (b, …) becomes at γ, in its dtype; mean and standard deviation are those of each sample."""

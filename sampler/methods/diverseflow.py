@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .kernels import as_vectors, median_of_pairs, squared_distances, weighted_differences
-from .method import Method
+from .method import Steering
 
 JITTER = 1e-6  # on the diagonal of L, so that it has an inverse where samples coincide
 
 
 @dataclass(frozen=True)
-class DiverseFlow(Method):
+class DiverseFlow(Steering):
     """v_i −= s(σ) ∇_{x_i} log det L / det(L + I), L_ij = exp(−|x̂_i − x̂_j|² / h), on the predicted pictures x̂ = x − σ v.
 
     h is the median over the pairs of |x̂_i − x̂_j|² and counts as a constant; so does v in x̂, so that nothing is

@@ -6,6 +6,9 @@ Models", arXiv:2404.07724.
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..schedule import Velocity
 from .method import Method
 
 
@@ -35,5 +38,8 @@ class IntervalGuidance(Method):
             raise ValueError("IntervalGuidance needs guidance to limit: a guidance above 1, with FLUX.1-schnell a "
                              "true_guidance above 1")
 
-    def weight(self, weight: float, sigma: float) -> float:
-        return weight if self.low < sigma <= 1 - self.strength else 1.0
+    def velocity(self, velocity: Velocity, sigmas: Tensor) -> Velocity:
+        def in_interval(x: Tensor, sigma: float, step: int) -> Tensor:
+            return velocity(x, sigma, step, guided=self.low < sigma <= 1 - self.strength)
+
+        return in_interval

@@ -1,16 +1,20 @@
-"""`Method`: the places in sampling where another way to make a batch diverse may act."""
+"""`Method`: another way to make a batch diverse, as a replacement for one of the functions that a run consists of."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ..guidance import Condition
+from ..schedule import Velocity, denoise
 
 CAP = 10.0  # the largest factor of `score_to_velocity`, reached at σ = 10 / 11
 
 
 @dataclass(frozen=True)
 class Method:
-    """Plain sampling. A method is a subclass that overrides the places where it acts.
+    """Plain sampling. A method is a subclass that replaces one of the functions a run consists of.
 
     strength: 0 or more; 0 is plain sampling, exactly; its unit differs from method to method
 
@@ -27,29 +31,35 @@ class Method:
     def check(self, guided: bool) -> None:
         """Raises ValueError for a call that the method cannot act in; `guided`: it has guidance of either kind."""
 
-    def candidates(self, images: int) -> int:
-        """How many samples to start with, so that `images` are left."""
-        return images
+    def noise(self, draw: Callable[[int], Tensor], images: int) -> Tensor:
+        """The noise to start from, for `images` pictures; draw(count) gives (count, c, H, W)."""
+        return draw(images)
 
-    def condition(self, context: Tensor, pooled: Tensor, samples: int, sigma: float, step: int,
-                  seed: int) -> tuple[Tensor, Tensor]:
-        """What the transformer reads instead of context (branches · samples, n, d) and pooled (branches · samples, d).
+    def condition(self, condition: Condition, seed: int) -> Condition:
+        """What the transformer is given of the prompt; see `sampler.guidance.GuidedVelocity`."""
+        return condition
 
-        With classifier-free guidance there are two branches, the conditional one last.
-        """
-        return context, pooled
+    def velocity(self, velocity: Velocity, sigmas: Tensor) -> Velocity:
+        """The velocity to follow along the noise levels `sigmas`."""
+        return velocity
 
-    def weight(self, weight: float, sigma: float) -> float:
-        """The weight of the guidance at a noise level; 1: the prompt alone."""
-        return weight
+    denoise = staticmethod(denoise)  # the sampling loop
+
+
+class Steering(Method):
+    """A method that changes the guided velocity."""
+
+    def velocity(self, velocity: Velocity, sigmas: Tensor) -> Velocity:
+        levels = sigmas.tolist()
+
+        def steered(x: Tensor, sigma: float, step: int) -> Tensor:
+            return self.steer(x, velocity(x, sigma, step), sigma, levels[step + 1], step)
+
+        return steered
 
     def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
         """The velocity to follow from σ to the next, instead of the guided one; x, velocity (b, c, H, W)."""
-        return velocity
-
-    def choose(self, predicted: Tensor, images: int, steps_left: int) -> Tensor | None:
-        """Which samples go on after a step, as indices, or None for all; `predicted` in it are x̂₀ = x − σ v."""
-        return None
+        raise NotImplementedError
 
 
 def score_to_velocity(sigma: float) -> float:

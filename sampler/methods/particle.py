@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .kernels import as_vectors, median_of_pairs, squared_distances, weighted_differences
-from .method import Method, score_to_velocity
+from .method import Steering, score_to_velocity
 
 
 @dataclass(frozen=True)
-class ParticleGuidance(Method):
+class ParticleGuidance(Steering):
     """score_i += c ∇_{x_i} log Φ with log Φ = −Σ_{i<j} k_ij and k_ij = exp(−|x_i − x_j|² / h), on the noisy latents.
 
     h = median² / log B of the pairs' distances, B samples; it counts as a constant. In closed form

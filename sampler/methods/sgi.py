@@ -11,7 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import trange
 
+from ..schedule import Velocity
 from .method import Method
 
 EXACT = 20_000  # up to this many groups are all looked at: 8 of 16 are 12,870
@@ -48,10 +50,23 @@ class GroupSelection(Method):
         if not (math.isfinite(self.balance) and self.balance >= 0):
             raise ValueError(f"GroupSelection's balance must be a finite number, 0 or more, got {self.balance}")
 
-    def candidates(self, images: int) -> int:
-        return round((1 + self.strength) * images)
+    def noise(self, draw: Callable[[int], Tensor], images: int) -> Tensor:
+        return draw(round((1 + self.strength) * images))
+
+    def denoise(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, progress: str | None = None) -> Tensor:
+        """The sampling loop, with a choice among the candidates after each step."""
+        x, images = noise, round(len(noise) / (1 + self.strength))
+        levels = sigmas.tolist()
+        for step in trange(len(levels) - 1, desc=progress, disable=progress is None, leave=False):
+            v = velocity(x, levels[step], step)
+            predicted = x - levels[step] * v
+            x = x + (levels[step + 1] - levels[step]) * v
+            kept = self.choose(predicted, images, steps_left=len(levels) - 2 - step)
+            x = x if kept is None else x[kept]
+        return x
 
     def choose(self, predicted: Tensor, images: int, steps_left: int) -> Tensor | None:
+        """Which candidates go on, as indices, or None for all; `predicted` are their pictures x̂₀ = x − σ v."""
         size = max(images, math.ceil((1 - self.pruning) * len(predicted))) if steps_left else images
         if size == len(predicted):
             return None

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .kernels import as_vectors, squared_distances, weighted_differences
-from .method import Method
+from .method import Steering
 
 
 @dataclass(frozen=True)
-class SPARKE(Method):
+class SPARKE(Steering):
     """After a step x ← x − η ∇L with L = Σ_ij k_ij² / B² and k_ij = exp(−|u_i − u_j|² / 2s²), u_i = x_i / |x_i|.
 
     Samples of one prompt have prompt similarity 1. As in the authors' program the latents are compared as unit vectors,

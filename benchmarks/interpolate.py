@@ -1,4 +1,4 @@
-"""`python -m sampler.interpolate PROMPT`: from one seed's picture to another's, in the contextual space and in latents.
+"""`python -m benchmarks.interpolate PROMPT`: from one seed's picture to another's, in contextual and in latent space.
 
 Contextual repulsion, Eq. 5: keep the source's noise and replace its representation h by h_src + α (h_tgt − h_src), α
 from below 0 to above 1. In the contextual space the picture changes its meaning and stays sharp, the paper finds; in
@@ -7,7 +7,9 @@ latent space it becomes a double exposure.
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from repulsion import Repulsion
+from sampler import Pipeline, output
+from sampler.methods import Method
+from sampler.options import blocks, exit_code
+from sampler.report import to_pixels
+from sampler.schedule import Velocity, starting_noise
 from weights.tiny.world import COLOR_RGB, GROUND_RGB, SHADE
-
-from . import output
-from .methods import Method
-from .options import blocks, exit_code
-from .pipeline import Pipeline
-from .report import to_pixels
-from .schedule import starting_noise
 
 ALPHAS = tuple(i / 4 for i in range(-2, 7))  # −0.5 … 1.5
 
@@ -39,38 +39,33 @@ def between(h: Tensor, alphas: tuple[float, ...], groups: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class ContextInterpolation:
-    """Eq. 5 in the contextual space; it stands where a `Repulsion` stands, for alphas + 2 images.
+    """Eq. 5 in the contextual space; used in place of a `Repulsion`, for alphas + 2 images.
 
-    All samples start from the source's noise but the last, which starts from the target's. h is the text half of what
-    the joint attention returns (in a single-stream block: its context tokens); h_src and h_tgt are what the two last
-    samples, whom nobody changes, have there.
+    All samples start from the source's noise but the last, which starts from the target's. h is what a `Repulsion`
+    pushes, in a single-stream block the context tokens; h_src and h_tgt are those of the two last samples, which are
+    not changed.
 
     alphas: one for each sample but the two last
-    where: the steps, blocks and site; nothing else of it matters
+    where: the steps and blocks; nothing else of it matters
     """
 
     alphas: tuple[float, ...]
     where: Repulsion
-    tokens = "context"
 
     def acts_at(self, step: int) -> bool:
         return self.where.acts_at(step)
 
-    def acts_in(self, block: int, num_blocks: int) -> bool:
-        return self.where.acts_in(block, num_blocks)
-
     def check_blocks(self, num_blocks: int) -> None:
         self.where.check_blocks(num_blocks)
 
-    def streams(self, site: str, context: Tensor | None, image: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
-        if site == self.where.site and context is not None:
-            context = between(context, self.alphas, groups)
-        return context, image
+    def bind(self, block: int, num_blocks: int, groups: int = 1,
+             num_context: int | None = None) -> Callable[[Tensor], Tensor] | None:
+        def move(tokens: Tensor) -> Tensor:
+            return torch.cat([between(tokens[:, :num_context], self.alphas, groups), tokens[:, num_context:]], dim=1)
 
-    def sequence(self, site: str, tokens: Tensor, num_context: int, groups: int) -> Tensor:
-        if site != self.where.site:
-            return tokens
-        return torch.cat([between(tokens[:, :num_context], self.alphas, groups), tokens[:, num_context:]], dim=1)
+        if not self.where.acts_in(block, num_blocks):
+            return None
+        return move if num_context is not None else partial(between, alphas=self.alphas, groups=groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +78,12 @@ class LatentInterpolation(Method):
     alphas: tuple[float, ...]
     steps: int
 
-    def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
-        return between(velocity, self.alphas) if step < self.steps else velocity
+    def velocity(self, velocity: Velocity, sigmas: Tensor) -> Velocity:
+        def on_the_line(x: Tensor, sigma: float, step: int) -> Tensor:
+            v = velocity(x, sigma, step)
+            return between(v, self.alphas) if step < self.steps else v
+
+        return on_the_line
 
 
 def interpolate(pipeline: Pipeline, prompt: str, source_seed: int, target_seed: int, alphas: tuple[float, ...],
@@ -146,7 +145,7 @@ def table(rows: dict[str, list[float]], alphas: tuple[float, ...]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m sampler.interpolate", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m benchmarks.interpolate", description=__doc__.partition("\n")[0])
     p.add_argument("prompt", help="what the pictures should show")
     p.add_argument("--source-seed", type=int, default=0, metavar="A", help="whose noise is kept (default: 0)")
     p.add_argument("--target-seed", type=int, default=1, metavar="B", help="whose picture is led to (default: 1)")
@@ -154,7 +153,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--first", type=int, metavar="N", help="interpolate in that many of the first steps (default: all)")
     p.add_argument("--blocks", type=blocks, default="all", help="all, first, middle, last (thirds), or indices")
-    p.add_argument("--site", choices=["attention", "block"], default="attention", help="(default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder for the files (default: outputs/interpolate-<prompt>)")
     p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return p
@@ -165,11 +163,11 @@ def run(args: argparse.Namespace) -> None:
         output.refuse_existing(args.out, args.overwrite)
     pipeline = Pipeline.load(args.model)
     steps = pipeline.defaults.steps if args.steps is None else args.steps
-    where = Repulsion(0.0, steps=steps if args.first is None else args.first, blocks=args.blocks, site=args.site)
+    where = Repulsion(0.0, steps=steps if args.first is None else args.first, blocks=args.blocks)
     rows = interpolate(pipeline, args.prompt, args.source_seed, args.target_seed, ALPHAS, where, steps, progress=True)
     about = {"prompt": args.prompt, "model": args.model or "tiny-sd3", "source_seed": args.source_seed,
              "target_seed": args.target_seed, "alphas": ALPHAS, "steps": steps, "first": where.steps,
-             "blocks": where.blocks, "site": where.site}
+             "blocks": where.blocks}
     blurs = {name: blur(row) for name, row in rows.items()} if pipeline.defaults.world == "tiny" else None
     target = args.out or output.free_folder(Path("outputs") / f"interpolate-{output.folder_name(args.prompt)}")
     with output.whole_folder(target, args.overwrite) as folder:
