@@ -55,8 +55,8 @@ def call_of(setting: dict, pipeline: Pipeline) -> dict:
 
 
 def changed(repulsion: Repulsion, change: dict) -> Repulsion:
-    """The repulsion with some fields replaced; a scale takes the place of a diversity."""
-    return replace(repulsion, **{"diversity": None} if "scale" in change else {}, **change)
+    """The repulsion with some fields replaced; a scale takes the place of a strength, and the other way round."""
+    return replace(repulsion, **({"strength": None, "scale": None} if {"strength", "scale"} & change.keys() else {}) | change)
 
 
 def grid(**values: list) -> list[dict]:
