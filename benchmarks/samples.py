@@ -13,9 +13,9 @@ import torch
 
 from sampler import Pipeline
 from sampler.report import to_pixels
+from tiny.captions import parse
+from tiny.reader import adherence, read
 from weights import EMBEDDED
-from weights.tiny.captions import parse
-from weights.tiny.reader import adherence, read
 
 from .paper.measures import mean, unreadable, wrong_pixels
 from .paper.tables import columns

@@ -20,7 +20,7 @@ class Defaults:
     shift: float | None = None  # of the schedule, where no scheduler_config.json says it; None: by picture size
     prompt_tokens: int | None = None  # of T5; None: as many as the family reads
     repulsion: Repulsion | None = None
-    world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
+    world: str | None = None  # "tiny": pictures that `tiny.reader` can read
 
 
 PUBLIC = {  # by public name

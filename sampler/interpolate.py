@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from repulsion import Repulsion
-from weights.tiny.world import COLOR_RGB, GROUND_RGB, SHADE
+from tiny.world import COLOR_RGB, GROUND_RGB, SHADE
 
 from . import output
 from .methods import Method
