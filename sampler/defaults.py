@@ -35,7 +35,7 @@ PUBLIC = {  # by public name
 
 
 def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
-    """From a folder's `sampling.json` (embedded checkpoints), else those of the public checkpoint that it is.
+    """From a folder's `sampling.json` (bundled checkpoints), else those of the public checkpoint that it is.
 
     `path` is the checkpoint's folder or file, `config` its transformer's. Raises ValueError for an unreadable file.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import MMDiT, MMDiTConfig
-from weights import EMBEDDED, load_transformer
+from weights import BUNDLED, load_transformer
 
 from .data import LENGTH, Data, noised
 from .export import export_flux
@@ -75,7 +75,7 @@ def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, la
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
-    parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from the teacher's blocks)")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")

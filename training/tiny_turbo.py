@@ -17,7 +17,7 @@ from tqdm import trange
 
 from mmdit import MMDiT
 from sampler import sigmas
-from weights import EMBEDDED, load_transformer
+from weights import BUNDLED, load_transformer
 
 from .data import Data
 from .export import export_sd3
@@ -93,7 +93,7 @@ def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
-    parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-turbo (default: from the teacher)")
     parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=1100)

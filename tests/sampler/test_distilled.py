@@ -15,7 +15,7 @@ from training import tiny_flux, tiny_turbo
 from training.teacher import FluxReader, Teacher
 from weights import load_transformer
 
-FOLDER = weights.EMBEDDED["tiny-sd3"]
+FOLDER = weights.BUNDLED["tiny-sd3"]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def turbo(tmp_path_factory):
 
 @pytest.fixture(params=["made now", "shipped"])
 def flux_folder(request, flux):
-    return flux if request.param == "made now" else weights.EMBEDDED["tiny-flux"]
+    return flux if request.param == "made now" else weights.BUNDLED["tiny-flux"]
 
 
 @pytest.fixture(params=["made now", "shipped"])
 def turbo_folder(request, turbo):
-    return turbo if request.param == "made now" else weights.EMBEDDED["tiny-turbo"]
+    return turbo if request.param == "made now" else weights.BUNDLED["tiny-turbo"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,12 +158,12 @@ def test_a_number_of_trajectories_that_fills_no_chunk_is_refused(capsys, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", weights.EMBEDDED)
+@pytest.mark.parametrize("name", weights.BUNDLED)
 def test_a_shipped_checkpoint_is_small(name):
-    assert sum(file.stat().st_size for file in weights.EMBEDDED[name].rglob("*") if file.is_file()) <= 20e6
+    assert sum(file.stat().st_size for file in weights.BUNDLED[name].rglob("*") if file.is_file()) <= 20e6
 
 
 @pytest.mark.parametrize("script", [tiny_flux, tiny_turbo])
 def test_the_shipped_defaults_are_those_that_the_script_writes(script):
-    folder = weights.EMBEDDED[script.__name__.rpartition(".")[2].replace("_", "-")]
+    folder = weights.BUNDLED[script.__name__.rpartition(".")[2].replace("_", "-")]
     assert json.loads((folder / "sampling.json").read_text()) == script.SAMPLING
