@@ -22,7 +22,7 @@ from sampler.methods import Method
 from sampler.options import blocks, exit_code
 from sampler.report import to_pixels
 from sampler.schedule import Velocity, starting_noise
-from weights.tiny.world import COLOR_RGB, GROUND_RGB, SHADE
+from tiny.world import COLOR_RGB, GROUND_RGB, SHADE
 
 ALPHAS = tuple(i / 4 for i in range(-2, 7))  # −0.5 … 1.5
 

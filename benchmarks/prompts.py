@@ -2,8 +2,8 @@
 
 import random
 
-from weights.tiny.captions import describe
-from weights.tiny.world import sample_scene
+from tiny.captions import describe
+from tiny.world import sample_scene
 
 OPEN = [  # each leaves most attributes to the model
     "a circle", "a square", "a triangle", "a star", "a cross", "a ring",

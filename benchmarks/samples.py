@@ -1,4 +1,4 @@
-"""What the embedded checkpoints paint, and how well they do what a full prompt says: `python -m benchmarks.samples`.
+"""What the bundled checkpoints paint, and how well they do what a full prompt says: `python -m benchmarks.samples`.
 
 Writes a sheet of pictures, the same prompts and seeds for all, none picked, and prints for each checkpoint over prompts
 that say everything: the share of the prompted attributes that are present, the share of pictures in which all are, the
@@ -13,9 +13,9 @@ import torch
 
 from sampler import Pipeline
 from sampler.report import to_pixels
-from weights import EMBEDDED
-from weights.tiny.captions import parse
-from weights.tiny.reader import adherence, read
+from tiny.captions import parse
+from tiny.reader import adherence, read
+from weights import BUNDLED
 
 from .paper.measures import mean, unreadable, wrong_pixels
 from .paper.tables import columns
@@ -52,7 +52,7 @@ def measure(pipeline: Pipeline, prompts: list[str], images: int) -> list[list[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(EMBEDDED))
+    parser.add_argument("--models", nargs="+", default=list(BUNDLED))
     parser.add_argument("--prompts", type=int, default=100, help="full prompts to measure on (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, help="pictures of each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/samples.png"))

@@ -2,7 +2,7 @@
 
 A handful of groups is painted with rising doses of `Repulsion(diversity=…)`. For each dose the table shows what comes
 of it, and the η that would have pushed as far: the median over all pushes, and between which values it lies in the
-blocks and steps. Where pictures can be read (the embedded checkpoints) the dose with the largest gain within three
+blocks and steps. Where pictures can be read (the bundled checkpoints) the dose with the largest gain within three
 points of adherence is proposed; elsewhere, look at the sheets of pictures and take the last that still shows what was
 asked. Settings other than the dose are the checkpoint's, or what the options say.
 """
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-sd3", help="an embedded checkpoint, a folder, a file, or a hub's name")
+    parser.add_argument("--model", default="tiny-sd3", help="a bundled checkpoint, a folder, a file, or a hub's name")
     parser.add_argument("--prompts", nargs="+", help="open ones, which leave much to the model")
     parser.add_argument("--seeds", type=int, default=2, help="groups a prompt (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, help="pictures in a group (default: %(default)s)")

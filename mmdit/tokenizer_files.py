@@ -13,7 +13,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_ADVICE = "download vocab.json and merges.txt, or tokenizer.json, of the checkpoint's tokenizer folder"
 T5_ADVICE = "download the tokenizer_2 folder of FLUX.1 or the tokenizer_3 folder of SD3"
 
-CLIP, T5 = "CLIP's tokenizer (byte-level BPE)", "T5's tokenizer (SentencePiece)"
+CLIP_DESCRIPTION, T5_DESCRIPTION = "CLIP's tokenizer (byte-level BPE)", "T5's tokenizer (SentencePiece)"
 
 Json = dict[str, Any]
 
@@ -76,7 +76,7 @@ def read_clip(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], Settin
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
         return stated["model"]["vocab"], merges, Settings(file.parent, stated)
     if path.suffix == ".model" or (path / "spiece.model").exists() and not files[0].exists():
-        raise ValueError(f"{path} is {T5}, where {CLIP} belongs: {CLIP_ADVICE}")
+        raise ValueError(f"{path} is {T5_DESCRIPTION}, where {CLIP_DESCRIPTION} belongs: {CLIP_ADVICE}")
     for file in files:
         require(file, CLIP_ADVICE)
     lines = files[1].read_text(encoding="utf-8").split("\n")
@@ -98,7 +98,7 @@ def read_t5(path: Path) -> tuple[list[tuple[str, float]], bytes, Settings]:
         table = base64.b64decode(next(filter(None, tables), ""))
         return [tuple(piece) for piece in stated["model"]["vocab"]], table, Settings(file.parent, stated)
     if (path / "vocab.json").exists() and not spiece.exists():
-        raise ValueError(f"{path} is {CLIP}, where {T5} belongs: {T5_ADVICE}")
+        raise ValueError(f"{path} is {CLIP_DESCRIPTION}, where {T5_DESCRIPTION} belongs: {T5_ADVICE}")
     file = path if path.suffix == ".model" else spiece
     require(file, T5_ADVICE)
     pieces, table = _read_spiece(file)
@@ -118,10 +118,11 @@ def _read_tokenizer_json(file: Path, kind: type) -> Json:
     except Exception as error:  # the only class that tokenizers raises
         raise ValueError(f"{file} does not describe a tokenizer ({error}): download it again") from error
     if not isinstance(stated["model"]["vocab"], kind):
-        found, expected, advice = (T5, CLIP, CLIP_ADVICE) if kind is dict else (CLIP, T5, T5_ADVICE)
-        raise ValueError(f"{file} is {found}, where {expected} belongs: {advice}")
+        if kind is dict:
+            raise ValueError(f"{file} is {T5_DESCRIPTION}, where {CLIP_DESCRIPTION} belongs: {CLIP_ADVICE}")
+        raise ValueError(f"{file} is {CLIP_DESCRIPTION}, where {T5_DESCRIPTION} belongs: {T5_ADVICE}")
     if kind is dict and "merges" not in stated["model"]:
-        raise ValueError(f"{file} has no merges, so it is not {CLIP}: {CLIP_ADVICE}")
+        raise ValueError(f"{file} has no merges, so it is not {CLIP_DESCRIPTION}: {CLIP_ADVICE}")
     return stated
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
+from mmdit.clip import ClipOutput
 
 from .parts import Part, using
 
@@ -42,19 +43,13 @@ class TextEncoders:
         """
         for prompt in prompts:
             self.check_length(prompt)
-        flux = self.family == "flux"
-        clips = [encode(part, [tokenizer([p]) for p in prompts]) for tokenizer, part in self.clips]
-        pooled = torch.cat([torch.cat([o.unprojected if flux else o.pooled for o in found]) for found in clips], dim=-1)
+        clips = [join_batch(encode(part, [tokenizer([p]) for p in prompts])) for tokenizer, part in self.clips]
         if self.t5 is None:
-            t5 = pooled.new_zeros(len(prompts), self.t5_length, self.context_dim)
+            t5 = clips[0].penultimate.new_zeros(len(prompts), self.t5_length, self.context_dim)
         else:
             tokenizer, part = self.t5
             t5 = torch.cat(encode(part, [tokenizer([p], length=self.t5_length) for p in prompts]))
-        if flux:
-            return t5, pooled
-        states = torch.cat([torch.cat([o.penultimate for o in found]) for found in clips], dim=-1)
-        states = F.pad(states, (0, self.context_dim - states.shape[-1]))
-        return torch.cat([states, t5.to(states.dtype)], dim=1), pooled
+        return (t5, clips[0].unprojected) if self.family == "flux" else sd3_conditioning(clips, t5)
 
     def check_length(self, prompt: str) -> None:
         lengths = [(name, tokenizer.count(prompt), tokenizer.length)
@@ -70,6 +65,22 @@ class TextEncoders:
             limit, count, name = cut[0]
             message = f"{name} reads only {limit} of the prompt's {count} tokens; {whole[-1]} reads them all"
             warnings.warn(message, stacklevel=3)
+
+
+def sd3_conditioning(clips: list[ClipOutput], t5: Tensor) -> tuple[Tensor, Tensor]:
+    """SD3's context (b, n + m, d) and pooled vector (b, p), from what the two CLIPs return and T5's states (b, m, d).
+
+    Context: the CLIPs' penultimate states, concatenated along the width and padded with zeros to d, then T5's states.
+    Pooled: both pooled vectors, concatenated. Differentiable, for training.
+    """
+    states = torch.cat([clip.penultimate for clip in clips], dim=-1)
+    states = F.pad(states, (0, t5.shape[-1] - states.shape[-1]))
+    return torch.cat([states, t5.to(states.dtype)], dim=1), torch.cat([clip.pooled for clip in clips], dim=-1)
+
+
+def join_batch(outputs: list[ClipOutput]) -> ClipOutput:
+    """The outputs for several prompts as one batch."""
+    return ClipOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 
 def encode(network: torch.nn.Module | Part, sequences: list[Tensor]) -> list:

@@ -20,7 +20,7 @@ class Defaults:
     shift: float | None = None  # of the schedule, where no scheduler_config.json says it; None: by picture size
     prompt_tokens: int | None = None  # of T5; None: as many as the family reads
     repulsion: Repulsion | None = None
-    world: str | None = None  # "tiny": pictures that `weights.tiny.reader` can read
+    world: str | None = None  # "tiny": pictures that `tiny.reader` can read
 
 
 _FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
@@ -38,7 +38,7 @@ PUBLIC = {  # by public name
 
 
 def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
-    """From a folder's `sampling.json` (embedded checkpoints), else those of the public checkpoint that it is.
+    """From a folder's `sampling.json` (bundled checkpoints), else those of the public checkpoint that it is.
 
     `path` is the checkpoint's folder or file, `config` its transformer's. Raises ValueError for an unreadable file.
     """

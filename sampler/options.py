@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m sampler", description=DESCRIPTION, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", help="what the pictures should show")
-    p.add_argument("--model", metavar="PATH", help="an embedded checkpoint, a folder (the hub's or of original "
+    p.add_argument("--model", metavar="PATH", help="a bundled checkpoint, a folder (the hub's or of original "
                    "files), an original or merged file, or a name on the hub (default: tiny-sd3)")
     p.add_argument("--images", type=int, default=8, help="pictures in the batch (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")

@@ -42,7 +42,7 @@ class Pipeline:
              autoencoder: str | Path | None = None, text_encoders: Sequence[str | Path] | None = None,
              tokenizers: str | Path | Sequence[str | Path] | None = None,
              offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False) -> "Pipeline":
-        """The pipeline of an embedded checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
+        """The pipeline of a bundled checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
         files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
         What is where is settled and checked now (`find_sources`); numbers are read when a part is first used.

@@ -8,9 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from repulsion import vendi_score
-from weights.tiny.captions import parse
-from weights.tiny.reader import adherence, attribute_vectors, read
-from weights.tiny.world import Scene
+from tiny.captions import parse
+from tiny.reader import adherence, attribute_vectors, read
+from tiny.world import Scene
 
 
 def to_pixels(pictures: list[Image.Image]) -> Tensor:

@@ -1,8 +1,8 @@
 """Checkpoint files <-> modules: the layouts of the original releases and of the hub, read and written."""
 
-from .embedded import EMBEDDED
+from .bundled import BUNDLED
 from .hub import resolve
-from .inspection import Inspection, inspect
+from .inspection import Inspection, inspect_checkpoint
 from .load import (
     load_autoencoder,
     load_text_encoder,
@@ -18,7 +18,7 @@ from .names import CheckpointError
 from .stored import Stored, roles
 
 __all__ = [
-    "EMBEDDED", "CheckpointError", "Inspection", "Stored", "inspect", "load_autoencoder", "load_text_encoder",
+    "BUNDLED", "CheckpointError", "Inspection", "Stored", "inspect_checkpoint", "load_autoencoder", "load_text_encoder",
     "load_transformer", "open_autoencoder", "open_text_encoder", "open_transformer", "resolve", "roles",
     "save_autoencoder", "save_text_encoder", "save_transformer",
 ]

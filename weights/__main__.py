@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from .inspection import Component, Inspection, inspect
+from .inspection import Component, Inspection, inspect_checkpoint
 
 EPILOG = """\
 Only the headers are read, so it takes no longer for 24 GB than for a small file. PATH is one of
@@ -90,7 +90,7 @@ def main() -> int:
     """Prints what is there. Exit codes: see EPILOG; 130 if interrupted."""
     args = parser().parse_args()
     try:
-        found = inspect(args.path, check_numbers=args.check, progress="reading" if args.check else None)
+        found = inspect_checkpoint(args.path, check_numbers=args.check, progress="reading" if args.check else None)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

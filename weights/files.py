@@ -38,7 +38,7 @@ IMPOSTORS = {  # first bytes of what is often found under the name of a safetens
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where a tensor lies: its file, its full name there, its stored dtype (safetensors' word), shape and bytes."""
 
     file: Path
@@ -46,14 +46,14 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     start: int = 0  # the first byte, counted from the file's beginning
-    scale: "Entry | None" = None  # of float8: what the numbers are multiplied with
+    scale: "TensorEntry | None" = None  # of float8: what the numbers are multiplied with
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * BYTES[self.dtype]
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """Every tensor's entry. Raises FileNotFoundError, or CheckpointError for a file that is not whole and valid."""
     if file.suffix in PICKLES:
         raise CheckpointError(
@@ -126,7 +126,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _entry(file: Path, name: str, about: Any, start: int) -> Entry:
+def _entry(file: Path, name: str, about: Any, start: int) -> TensorEntry:
     about = about if isinstance(about, dict) else {}
     dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
@@ -134,7 +134,7 @@ def _entry(file: Path, name: str, about: Any, start: int) -> Entry:
     if dtype not in BYTES:
         raise CheckpointError(f"{file}: tensor {name} is stored as {dtype}, expected one of {', '.join(DTYPES)}: "
                               "use another release of the model")
-    entry = Entry(file, name, dtype, tuple(shape), start + offsets[0])
+    entry = TensorEntry(file, name, dtype, tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise _damaged(file, f"tensor {name} has {offsets[1] - offsets[0]:,} bytes, but shape {entry.shape} of {dtype} "
                        f"needs {entry.nbytes:,}")
@@ -149,7 +149,7 @@ def _damaged(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{file} is truncated or no safetensors file ({reason}): download it again")
 
 
-def attach_scales(entries: dict[str, Entry]) -> dict[str, Entry]:
+def attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """A scale stored beside a float8 matrix becomes part of the matrix's entry.
 
     ComfyUI's files hold `X.scale_weight` (a marker `scaled_fp8` with it) or `X.weight_scale` beside `X.weight`. What
@@ -173,7 +173,7 @@ def attach_scales(entries: dict[str, Entry]) -> dict[str, Entry]:
     return found
 
 
-def stored_pieces(entry: Entry, count: int) -> Iterator[Tensor]:
+def stored_pieces(entry: TensorEntry, count: int) -> Iterator[Tensor]:
     """The numbers as they are stored, flat and in order, on the CPU, at most `count` at a time: each piece is valid
     until the next is asked for. Raises CheckpointError where a file has changed since its header was read."""
     total = prod(entry.shape)
@@ -186,7 +186,7 @@ def stored_pieces(entry: Entry, count: int) -> Iterator[Tensor]:
             yield piece
 
 
-def read_into(target: Tensor, entry: Entry) -> None:
+def read_into(target: Tensor, entry: TensorEntry) -> None:
     """Fill `target`, contiguous, with the stored numbers, in its own dtype and on its own device; a scale is
     multiplied in. What needs no change is read straight to its place."""
     flat = target.view(-1)
@@ -206,20 +206,20 @@ def read_into(target: Tensor, entry: Entry) -> None:
         start += len(piece)
 
 
-def read_scale(entry: Entry) -> Tensor:
+def read_scale(entry: TensorEntry) -> Tensor:
     """A float8 tensor's scale in float32, one for each of its rows: (rows, 1)."""
     rows = entry.shape[0] if entry.shape else 1
     return read_tensor(entry.scale, torch.float32).reshape(-1, 1).expand(rows, 1)
 
 
-def read_tensor(entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+def read_tensor(entry: TensorEntry, dtype: torch.dtype | None = None) -> Tensor:
     """A copy on the CPU, in the stored dtype where `dtype` is None."""
     target = torch.empty(entry.shape, dtype=dtype or _dtype_of(entry))
     read_into(target, entry)
     return target
 
 
-def _dtype_of(entry: Entry) -> torch.dtype:
+def _dtype_of(entry: TensorEntry) -> torch.dtype:
     if entry.dtype not in DTYPES:
         raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
                               f"{', '.join(DTYPES)}: use another release of the model")

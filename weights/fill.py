@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from mmdit.float8 import Float8Linear, Float8Modulation
 from mmdit.layers import Modulation
 
-from .files import DTYPES, FLOAT8, Entry, read_into, read_scale, read_tensor
-from .names import SAME, Layout, Sizes, Transform
+from .files import DTYPES, FLOAT8, TensorEntry, read_into, read_scale, read_tensor
+from .names import UNCHANGED, Layout, Sizes, Transform
 
-Stored = Mapping[str, Entry]  # under the layout's names
 THREADS = 4  # that read at once
 
 
-def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored) -> None:
+def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping[str, TensorEntry]) -> None:
     """Inside blocks and layers, linear layers that are stored in float8 become `Float8Linear`, still on meta.
 
     What stands before and after the blocks is widened: it is small, and its dtype is the one computed in.
@@ -33,7 +32,7 @@ def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored)
                                            module.bias is not None, any(part.scale for part in parts)))
 
 
-def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored, dtype: torch.dtype | None,
+def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None,
          device: str | torch.device) -> None:
     """Give every tensor of `model` memory on `device` and the stored numbers, fused where the file has them apart.
 
@@ -58,9 +57,9 @@ def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Stored, dtype:
     model.load_state_dict(state, assign=True)
 
 
-def _read(target: Tensor, parts: list[Entry], transform: Transform, patch: int) -> None:
+def _read(target: Tensor, parts: list[TensorEntry], transform: Transform, patch: int) -> None:
     """The numbers of one parameter, from the one tensor that it is in the file, or the several."""
-    if transform is SAME:
+    if transform is UNCHANGED:
         for piece, part in zip(target.split([part.shape[0] for part in parts]), parts, strict=True):
             read_into(piece, part)
         return
@@ -69,12 +68,12 @@ def _read(target: Tensor, parts: list[Entry], transform: Transform, patch: int) 
     target.copy_(transform.read(torch.cat([read_tensor(part, wide) for part in parts]), patch))
 
 
-def _stored_dtype(parts: list[Entry]) -> torch.dtype:
+def _stored_dtype(parts: list[TensorEntry]) -> torch.dtype:
     """The narrowest that holds all parts, float8 as bfloat16."""
     stored = [torch.bfloat16 if part.dtype in FLOAT8 else DTYPES[part.dtype] for part in parts]
     return reduce(torch.promote_types, stored)
 
 
-def _scale(parts: list[Entry]) -> Tensor:
+def _scale(parts: list[TensorEntry]) -> Tensor:
     """One scale for each row of a fused matrix: (rows, 1) float32."""
     return torch.cat([read_scale(part) if part.scale else torch.ones(part.shape[0], 1) for part in parts])

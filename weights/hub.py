@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
-from .embedded import EMBEDDED
+from .bundled import BUNDLED
 from .files import PICKLES
 
 # What a pipeline reads of its folders; not the original files that lie beside or among them, nor narrower variants.
@@ -15,7 +15,7 @@ SKIPPED = ["text_encoders/*", "*.fp16*"]
 
 
 def resolve(path: str | os.PathLike, component: str | None = None, download: bool = True) -> Path:
-    """The file or folder that a path, an embedded checkpoint's name or a repository's name stands for.
+    """The file or folder that a path, a bundled checkpoint's name or a repository's name stands for.
 
     A cache folder `models--org--name` stands for the snapshot that its `refs/main` names. A name `org/name` that is
     no path is looked up in the cache (`HF_HUB_CACHE`, else `HF_HOME/hub`, else the default place). What is not there,
@@ -24,8 +24,8 @@ def resolve(path: str | os.PathLike, component: str | None = None, download: boo
     is nothing.
     """
     text, path = str(path), Path(path)
-    if text in EMBEDDED:
-        return EMBEDDED[text]
+    if text in BUNDLED:
+        return BUNDLED[text]
     if path.is_dir() and path.name.startswith("models--"):
         if snapshot := _snapshot(path):
             return snapshot
@@ -36,7 +36,7 @@ def resolve(path: str | os.PathLike, component: str | None = None, download: boo
     is_file = path.suffix in (".safetensors", ".gguf", ".json", *PICKLES)
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         raise FileNotFoundError(f"{text} does not exist: give a .safetensors file, a folder with one, one of "
-                                f"{', '.join(EMBEDDED)}, or a name on the hub such as black-forest-labs/FLUX.1-dev")
+                                f"{', '.join(BUNDLED)}, or a name on the hub such as black-forest-labs/FLUX.1-dev")
     snapshot = _snapshot(cache_folder() / f"models--{text.replace('/', '--')}")
     if snapshot and (not download or _is_whole(snapshot, component)):
         return snapshot

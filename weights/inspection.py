@@ -14,7 +14,7 @@ from mmdit import PRESETS
 
 from .files import DTYPES, PICKLES, PIECE, stored_pieces
 from .hub import resolve
-from .kinds import FLUX, SD3, Part, find_parts, foreign
+from .kinds import FLUX, SD3, Recognized, foreign, recognize
 from .locate import STEMS, find_weights, list_tensors, read_json
 from .names import CheckpointError, Sizes
 from .shapes import Shapes
@@ -22,7 +22,7 @@ from .variants import told_by_name
 
 FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of the hub
 ROLES = ("transformer", "autoencoder", "clip_l", "clip_g", "clip", "t5")
-CLIP, T5 = "CLIP", "T5"  # kinds of tokenizers
+CLIP_TOKENIZER, T5_TOKENIZER = "CLIP", "T5"  # kinds of tokenizers
 FAMILIES = {FLUX: "FLUX.1", SD3: "SD3"}
 
 # What a pipeline consists of: its name there, what that is, and where the public has it.
@@ -32,8 +32,8 @@ NEEDS = {
         ("autoencoder", "autoencoder", "ae.safetensors or vae/"),
         ("clip_l", "clip_l", "clip_l.safetensors or text_encoder/"),
         ("t5", "t5", "t5xxl_fp16.safetensors or text_encoder_2/"),
-        ("tokenizer", CLIP, "tokenizer/ (vocab.json, merges.txt)"),
-        ("tokenizer_2", T5, "tokenizer_2/ (spiece.model or tokenizer.json)"),
+        ("tokenizer", CLIP_TOKENIZER, "tokenizer/ (vocab.json, merges.txt)"),
+        ("tokenizer_2", T5_TOKENIZER, "tokenizer_2/ (spiece.model or tokenizer.json)"),
     ],
     "SD3": [
         ("transformer", "transformer", "sd3.5_medium.safetensors, for example, or transformer/"),
@@ -41,9 +41,9 @@ NEEDS = {
         ("clip_l", "clip_l", "clip_l.safetensors or text_encoder/"),
         ("clip_g", "clip_g", "clip_g.safetensors or text_encoder_2/"),
         ("t5", "t5", "t5xxl_fp16.safetensors or text_encoder_3/"),
-        ("tokenizer", CLIP, "tokenizer/ (vocab.json, merges.txt)"),
-        ("tokenizer_2", CLIP, "tokenizer_2/ (vocab.json, merges.txt)"),
-        ("tokenizer_3", T5, "tokenizer_3/ (spiece.model or tokenizer.json)"),
+        ("tokenizer", CLIP_TOKENIZER, "tokenizer/ (vocab.json, merges.txt)"),
+        ("tokenizer_2", CLIP_TOKENIZER, "tokenizer_2/ (vocab.json, merges.txt)"),
+        ("tokenizer_3", T5_TOKENIZER, "tokenizer_3/ (spiece.model or tokenizer.json)"),
     ],
 }
 OPTIONAL = {"FLUX.1": (), "SD3": ("t5", "tokenizer_3")}
@@ -65,7 +65,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. `family` and `variant` are None where there is no transformer."""
+    """What `inspect_checkpoint` found. `family` and `variant` are None where there is no transformer."""
 
     path: str
     family: str | None  # "FLUX.1", "SD3"
@@ -80,17 +80,17 @@ class Inspection:
 
 
 class Found(NamedTuple):
-    """A part, and the file or folder that a user would call its place."""
+    """A module, and the file or folder that a user would call its place."""
 
-    part: Part
+    module: Recognized
     place: Path
 
 
-def inspect(path: str | os.PathLike, check_numbers: bool = False, progress: str | None = None) -> Inspection:
+def inspect_checkpoint(path: str | os.PathLike, check_numbers: bool = False, progress: str | None = None) -> Inspection:
     """Say what lies at `path`, by headers alone: no number is read unless `check_numbers` asks for it.
 
     `path` is a file (original, merged, one component), a component's folder, a pipeline's folder in the hub's layout,
-    a folder of original files, a folder of the hub's cache, the name of an embedded checkpoint, or a name on the hub,
+    a folder of original files, a folder of the hub's cache, the name of a bundled checkpoint, or a name on the hub,
     which is looked up in the cache alone. In a folder the first of each role counts, the hub's folders before single
     files; what is left over stands in `beside`. `check_numbers` reads every number of the components, a piece at a
     time, and lists the tensors that hold NaN or infinity; `progress` names its progress bar. Raises CheckpointError (a
@@ -98,16 +98,16 @@ def inspect(path: str | os.PathLike, check_numbers: bool = False, progress: str 
     """
     root = resolve(path, download=False)
     index = (read_json(root / "model_index.json") if root.is_dir() else None) or {}
-    found, beside = _find_in_folder(root, index) if root.is_dir() else (_parts_of(root), {})
+    found, beside = _find_in_folder(root, index) if root.is_dir() else (_modules_in(root), {})
     found = sorted(found, key=lambda one: ROLES.index(_role(one)))
-    transformer = next((one for one in found if one.part.kind in FAMILIES), None)
-    family = FAMILIES[transformer.part.kind] if transformer else _family_of(index)
+    transformer = next((one for one in found if one.module.kind in FAMILIES), None)
+    family = FAMILIES[transformer.module.kind] if transformer else _family_of(index)
     tokenizers = _tokenizers(root)
     scheduler = "scheduler/scheduler_config.json"
     lacking = _lacking(family, [*map(_role, found), *tokenizers.values()])
     optional = {name: lacking.pop(name) for name in OPTIONAL.get(family, ()) if name in lacking}
     return Inspection(
-        path=str(root), family=family, variant=_variant(transformer.part) if transformer else None,
+        path=str(root), family=family, variant=_variant(transformer.module) if transformer else None,
         components=tuple(_describe(one, root) for one in found), tokenizers=tokenizers,
         scheduler=scheduler if (root / scheduler).is_file() else None, missing=lacking, optional=optional,
         beside=beside, not_finite=_not_finite(found, root, progress) if check_numbers else None,
@@ -120,17 +120,17 @@ def _find_in_folder(root: Path, index: dict) -> tuple[list[Found], dict[str, str
         raise CheckpointError(f"{root} is a {index['_class_name']}, expected a FluxPipeline or a "
                               "StableDiffusion3Pipeline: give a FLUX.1 or SD3 checkpoint")
     found = [one for name in FOLDERS if _holds_weights(root / name)
-             for one in _parts_of(find_weights(root / name), root / name)]
+             for one in _modules_in(find_weights(root / name), root / name)]
     if any(file.name.startswith(STEMS) or ".safetensors.index" in file.name for file in root.glob("*.safetensors*")):
-        found += _parts_of(find_weights(root))  # the folder of one component
+        found += _modules_in(find_weights(root))  # the folder of one component
     singles, beside = {}, {}
     for file in sorted([*root.iterdir(), *(root / "text_encoders").glob("*")]):
         if file.suffix in (".safetensors", ".gguf", *PICKLES) and not file.name.startswith(STEMS):
             try:
-                singles[file] = _parts_of(file)
+                singles[file] = _modules_in(file)
             except (CheckpointError, FileNotFoundError) as error:
                 beside[file.relative_to(root).as_posix()] = str(error).removeprefix(f"{file} ")
-    for file in sorted(singles, key=lambda file: all(one.part.kind not in FAMILIES for one in singles[file])):
+    for file in sorted(singles, key=lambda file: all(one.module.kind not in FAMILIES for one in singles[file])):
         taken = {_role(one) for one in found}
         new = [one for one in singles[file] if _role(one) not in taken]
         found += new
@@ -147,8 +147,8 @@ def _holds_weights(folder: Path) -> bool:
     return any(".safetensors" in file.name or file.suffix in PICKLES for file in folder.glob("*"))
 
 
-def _parts_of(weights: Path, place: Path | None = None) -> list[Found]:
-    """The parts in a file, or in the shards of an index. Raises CheckpointError for a file without any."""
+def _modules_in(weights: Path, place: Path | None = None) -> list[Found]:
+    """The modules in a file, or in the shards of an index. Raises CheckpointError for a file without any."""
     shard = re.search(r"-\d{5}-of-(\d{5})\.safetensors$", weights.name)
     if shard:
         raise CheckpointError(f"{weights} is one of {int(shard[1])} shards: give the folder that holds all of them and "
@@ -156,7 +156,7 @@ def _parts_of(weights: Path, place: Path | None = None) -> list[Found]:
     entries = list_tensors(weights)
     if what := foreign(entries):
         raise CheckpointError(f"{weights} is {what}")
-    found = [Found(part, place or weights) for part in find_parts(entries)]
+    found = [Found(one, place or weights) for one in recognize(entries)]
     if not found:
         first = next(iter(entries), "none at all")
         raise CheckpointError(f"{weights} is no part of FLUX.1 or SD3 that is known here (its first tensor: {first}): "
@@ -165,36 +165,36 @@ def _parts_of(weights: Path, place: Path | None = None) -> list[Found]:
 
 
 def _role(one: Found) -> str:
-    """The part's role; of a CLIP of unusual width, what its file or folder is called tells which."""
-    if one.part.role != "clip":
-        return one.part.role
+    """The module's role; of a CLIP of unusual width, what its file or folder is called tells which."""
+    if one.module.role != "clip":
+        return one.module.role
     name = one.place.name.lower()
     called = {"clip_g": "clip_g", "clip_l": "clip_l", "text_encoder_2": "clip_g", "text_encoder": "clip_l"}
     return next((role for word, role in called.items() if word in name), "clip")
 
 
 def _describe(one: Found, root: Path) -> Component:
-    part, place = one
-    table = part.layout.find("position_table", Sizes())[0] if part.kind is SD3 else []  # is no parameter
+    module, place = one
+    table = module.layout.find("position_table", Sizes())[0] if module.kind is SD3 else []  # is no parameter
     dtypes = {}
-    for entry in sorted(part.entries.values(), key=lambda entry: -entry.nbytes):  # that of the largest stands first
+    for entry in sorted(module.entries.values(), key=lambda entry: -entry.nbytes):  # that of the largest stands first
         word = f"{entry.dtype} scaled" if entry.scale else entry.dtype
         dtypes[word] = dtypes.get(word, 0) + 1
-    stored = [entry for whole in part.entries.values() for entry in (whole, whole.scale) if entry]
+    stored = [entry for whole in module.entries.values() for entry in (whole, whole.scale) if entry]
     where = place.name if place == root else place.relative_to(root).as_posix() + "/" * place.is_dir()
     return Component(
-        role=_role(one), where=where, files=len({entry.file for entry in stored}), prefix=part.prefix,
-        layout=part.layout.name, dtypes=dtypes, bytes=sum(entry.nbytes for entry in stored),
-        parameters=sum(prod(entry.shape) for name, entry in part.entries.items() if name not in table),
+        role=_role(one), where=where, files=len({entry.file for entry in stored}), prefix=module.prefix,
+        layout=module.layout.name, dtypes=dtypes, bytes=sum(entry.nbytes for entry in stored),
+        parameters=sum(prod(entry.shape) for name, entry in module.entries.items() if name not in table),
     )
 
 
-def _variant(part: Part) -> str:
+def _variant(module: Recognized) -> str:
     """The public checkpoints that have this transformer's sizes; where there are several, the one it is called."""
-    file = next(iter(part.entries.values())).file
-    stored = Shapes(part.entries, part.layout, part.prefix)
+    file = next(iter(module.entries.values())).file
+    stored = Shapes(module.entries, module.layout, module.prefix)
     try:
-        fields = part.kind.fields(stored)
+        fields = module.kind.fields(stored)
         given, returned = fields["latent_channels"] * fields["patch_size"] ** 2, stored["image_out.weight"][0]
         if given != returned:
             raise CheckpointError(f"the transformer reads {given} numbers a patch and returns {returned}, so it is one "
@@ -218,12 +218,12 @@ def _tokenizers(root: Path) -> dict[str, str]:
     for name in ("tokenizer/", "tokenizer_2/", "tokenizer_3/", "tokenizer.json", "spiece.model"):
         place = root / name
         if name == "spiece.model" and place.is_file() or (place / "spiece.model").is_file():
-            found[name] = T5
+            found[name] = T5_TOKENIZER
         elif (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-            found[name] = CLIP
+            found[name] = CLIP_TOKENIZER
         elif content := read_json(place if place.suffix == ".json" else place / "tokenizer.json"):
             is_clip = isinstance((content.get("model") or {}).get("vocab"), dict)
-            found[name] = CLIP if is_clip else T5
+            found[name] = CLIP_TOKENIZER if is_clip else T5_TOKENIZER
     return found
 
 
@@ -240,7 +240,7 @@ def _lacking(family: str | None, have: list[str]) -> dict[str, str]:
 
 def _not_finite(found: list[Found], root: Path, progress: str | None) -> tuple[str, ...]:
     """The names of the tensors that hold NaN or infinity, in a folder with their files."""
-    entries = [entry for one in found for whole in one.part.entries.values() for entry in (whole, whole.scale)
+    entries = [entry for one in found for whole in one.module.entries.values() for entry in (whole, whole.scale)
                if entry and entry.dtype in DTYPES]
     bad = []
     with tqdm(total=sum(entry.nbytes for entry in entries), unit="B", unit_scale=True, desc=progress,

@@ -18,10 +18,10 @@ from mmdit import (
 )
 
 from . import configs, shapes
-from .files import Entry
+from .files import TensorEntry
 from .names import Layout
 from .names_autoencoder import AUTOENCODER_HUB, AUTOENCODER_ORIGINAL
-from .names_text import CLIP, CLIP_BARE, T5
+from .names_text import CLIP_BARE, CLIP_LAYOUT, T5_LAYOUT
 from .names_transformer import FLUX_HUB, FLUX_ORIGINAL, SD3_HUB, SD3_ORIGINAL
 
 
@@ -51,9 +51,10 @@ SD3 = FLUX._replace(name="SD3 transformer", original=SD3_ORIGINAL, hub=SD3_HUB)
 AUTOENCODER = Kind("autoencoder", Autoencoder, AutoencoderConfig, AUTOENCODER_ORIGINAL, AUTOENCODER_HUB,
                    "diffusion_pytorch_model", configs.autoencoder_from_hub, shapes.autoencoder_fields,
                    shapes.autoencoder_rest)
-CLIP_TEXT = Kind("CLIP text encoder", ClipTextEncoder, ClipConfig, CLIP, CLIP, "model", configs.clip_from_hub,
-                 shapes.clip_fields, shapes.clip_rest, bare=CLIP_BARE, identity="projection.weight")
-T5_TEXT = Kind("T5 encoder", T5Encoder, T5Config, T5, T5, "model", configs.t5_from_hub, shapes.t5_fields,
+CLIP_TEXT = Kind("CLIP text encoder", ClipTextEncoder, ClipConfig, CLIP_LAYOUT, CLIP_LAYOUT, "model",
+                 configs.clip_from_hub, shapes.clip_fields, shapes.clip_rest, bare=CLIP_BARE,
+                 identity="projection.weight")
+T5_TEXT = Kind("T5 encoder", T5Encoder, T5Config, T5_LAYOUT, T5_LAYOUT, "model", configs.t5_from_hub, shapes.t5_fields,
                shapes.t5_rest)
 KINDS = (FLUX, SD3, AUTOENCODER, CLIP_TEXT, T5_TEXT)
 
@@ -78,13 +79,13 @@ FOREIGN = [
 ]
 
 
-class Part(NamedTuple):
+class Recognized(NamedTuple):
     """One module in a file: its kind, in which layout, under which prefix, its entries under the layout's names."""
 
     kind: Kind
     layout: Layout
     prefix: str
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
 
     @property
     def role(self) -> str:
@@ -96,7 +97,7 @@ class Part(NamedTuple):
         return next(named, CLIP_WIDTHS.get(width, "clip"))
 
 
-def find_parts(entries: Mapping[str, Entry]) -> list[Part]:
+def recognize(entries: Mapping[str, TensorEntry]) -> list[Recognized]:
     """Every module of a kind we know."""
     found = [
         (kind, layout, prefix)
@@ -104,11 +105,11 @@ def find_parts(entries: Mapping[str, Entry]) -> list[Part]:
         if prefix + layout.sign in entries
     ]
     bare = any(not prefix for *_, prefix in found)
-    return [Part(kind, layout, prefix, _own(entries, layout, prefix, strangers=not (prefix and bare)))
+    return [Recognized(kind, layout, prefix, _own(entries, layout, prefix, strangers=not (prefix and bare)))
             for kind, layout, prefix in found]
 
 
-def _own(entries: Mapping[str, Entry], layout: Layout, prefix: str, strangers: bool) -> dict[str, Entry]:
+def _own(entries: Mapping[str, TensorEntry], layout: Layout, prefix: str, strangers: bool) -> dict[str, TensorEntry]:
     """What begins as this module's names do and, with `strangers`, what begins as no module's.
 
     These are the module's that has no prefix; in a file where all have one, each reports them with their full names.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import PICKLES, Entry, attach_scales, parse_object, read_header
+from .files import PICKLES, TensorEntry, attach_scales, parse_object, read_header
 from .hub import resolve
 from .names import CheckpointError
 
@@ -18,12 +18,12 @@ class Checkpoint:
     """What lies at a path: every tensor's entry, and the hub's config.json beside the weights."""
 
     path: Path  # what error messages name
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
     config: dict[str, Any] | None
 
 
 def open_checkpoint(path: str | Path, component: str | None = None,
-                    wanted: Callable[[Mapping[str, Entry]], bool] | None = None) -> Checkpoint:
+                    wanted: Callable[[Mapping[str, TensorEntry]], bool] | None = None) -> Checkpoint:
     """Find and list the weights at `path`: a .safetensors file, a folder of the hub's layout, a folder that holds
     such a folder named `component`, or a name on the hub (see `hub.resolve`).
 
@@ -41,12 +41,12 @@ def open_checkpoint(path: str | Path, component: str | None = None,
     return Checkpoint(path, list_tensors(weights), config)
 
 
-def list_tensors(weights: Path) -> dict[str, Entry]:
+def list_tensors(weights: Path) -> dict[str, TensorEntry]:
     """The entries of one file, or of all shards that an index names."""
     return attach_scales(_read_index(weights) if weights.suffix == ".json" else read_header(weights))
 
 
-def find_weights(folder: Path, wanted: Callable[[Mapping[str, Entry]], bool] | None = None) -> Path:
+def find_weights(folder: Path, wanted: Callable[[Mapping[str, TensorEntry]], bool] | None = None) -> Path:
     """The weights of a folder: one file or an index of shards, the hub's plain names before variants such as fp16."""
     for stem in STEMS:
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
@@ -76,7 +76,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{file} is no JSON object ({error}): download it again") from error
 
 
-def _read_index(index: Path) -> dict[str, Entry]:
+def _read_index(index: Path) -> dict[str, TensorEntry]:
     """The tensors of all shards that a hub index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):

@@ -43,7 +43,7 @@ def _swap_halves(x: Tensor, p: int) -> Tensor:
     return torch.cat([second, first])
 
 
-SAME = Transform(lambda x, p: x, lambda x, p: x)
+UNCHANGED = Transform(lambda x, p: x, lambda x, p: x)
 
 # (scale, shift) in the file, (shift, scale) here
 SWAP_HALVES = Transform(_swap_halves, _swap_halves)
@@ -102,7 +102,7 @@ class Layout:
                     values["last-l"] = sizes.last - int(values["l"])
                 names = [theirs] if isinstance(theirs, str) else theirs
                 names = [name.format_map({**values, "last": sizes.last}) + ending for name in names]
-                return names, transform[0] if transform else SAME
+                return names, transform[0] if transform else UNCHANGED
         raise CheckpointError(f"the {self.name} layout has no place for {ours}: this model cannot be stored in it")
 
     def split(self, ours: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, str, Tensor]]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from .names import Layout
 
-CLIP = Layout(
+CLIP_LAYOUT = Layout(
     name="CLIP",
     sign="text_model.encoder.layers.0.self_attn.q_proj.weight",
     prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."),
@@ -33,14 +33,14 @@ def _bare(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 # transformers 5 writes a CLIP without projection so; it reads both.
 CLIP_BARE = replace(
-    CLIP,
+    CLIP_LAYOUT,
     name="CLIP of transformers 5",
-    sign=_bare(CLIP.sign),
+    sign=_bare(CLIP_LAYOUT.sign),
     prefixes=(),
-    rows=[(ours, _bare(theirs)) for ours, theirs in CLIP.rows],
+    rows=[(ours, _bare(theirs)) for ours, theirs in CLIP_LAYOUT.rows],
 )
 
-T5 = Layout(
+T5_LAYOUT = Layout(
     name="T5",
     sign="encoder.block.0.layer.0.SelfAttention.q.weight",
     prefixes=("text_encoders.t5xxl.transformer.",),

@@ -9,7 +9,7 @@ from itertools import count
 from math import isqrt, prod
 from typing import Any
 
-from .files import Entry
+from .files import TensorEntry
 from .names import CheckpointError, Layout, Sizes
 
 Fields = dict[str, Any]
@@ -21,7 +21,7 @@ LATENTS = {"flux": {"shift": 0.1159, "scaling": 0.3611}, "sd3": {"shift": 0.0609
 class Shapes:
     """Shapes of stored tensors under our names; of several that make one of ours, the first's."""
 
-    def __init__(self, entries: Mapping[str, Entry], layout: Layout, prefix: str = ""):
+    def __init__(self, entries: Mapping[str, TensorEntry], layout: Layout, prefix: str = ""):
         self.entries, self.layout, self.prefix = entries, layout, prefix
 
     def get(self, ours: str) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import configs, fill, shapes
 from .files import DTYPES
-from .kinds import FLUX, SD3, Kind, Part, find_parts, foreign
+from .kinds import FLUX, SD3, Kind, Recognized, foreign, recognize
 from .locate import Checkpoint, open_checkpoint
 from .names import CheckpointError
 
@@ -24,7 +24,7 @@ class Stored:
 
     path: Path
     config: configs.Config
-    part: Part
+    recognized: Recognized
     skeleton: nn.Module  # on the meta device; without the projection that `identity` stands for
     identity: int | None = None  # width of a projection that the file has not and that is the identity
 
@@ -40,7 +40,7 @@ class Stored:
 
     @property
     def _dtypes(self) -> list[torch.dtype]:
-        return [DTYPES[entry.dtype] for entry in self.part.entries.values()]
+        return [DTYPES[entry.dtype] for entry in self.recognized.entries.values()]
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
              keep_float8: bool = False) -> nn.Module:
@@ -53,13 +53,13 @@ class Stored:
                                   "matrices are kept by keep_float8=True")
         model, sizes = _twin(self.skeleton), configs.sizes_of(self.config)
         if keep_float8 or dtype is None:
-            fill.keep_float8(model, self.part.layout, sizes, self.part.entries)
-        fill.fill(model, self.part.layout, sizes, self.part.entries, dtype, device)
+            fill.keep_float8(model, self.recognized.layout, sizes, self.recognized.entries)
+        fill.fill(model, self.recognized.layout, sizes, self.recognized.entries, dtype, device)
         if self.identity:
             like = next(model.parameters())
             projection = nn.Linear(self.identity, self.identity, bias=False, dtype=like.dtype, device=like.device)
             projection.weight.data.copy_(torch.eye(self.identity))
-            model.set_submodule(_module(self.part.kind.identity), projection)
+            model.set_submodule(_module(self.recognized.kind.identity), projection)
         return model
 
 
@@ -75,57 +75,57 @@ def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = 
                 config: configs.Config | None = None, family: str | None = None) -> Stored:
     """Find, recognize and check. `folder` is the component's in a hub pipeline, `which` the text encoder's role;
     `family` says whose latents an autoencoder without config.json has."""
-    checkpoint = open_checkpoint(path, folder, lambda entries: bool(_of_kinds(find_parts(entries), kinds, which)))
-    part = _choose(checkpoint, kinds, which)
+    checkpoint = open_checkpoint(path, folder, lambda entries: bool(_of_kinds(recognize(entries), kinds, which)))
+    recognized = _choose(checkpoint, kinds, which)
     given = config is not None
-    config = _settle_config(part, checkpoint, config, family)
+    config = _settle_config(recognized, checkpoint, config, family)
     with torch.device("meta"):  # names and shapes, no numbers
-        skeleton = part.kind.module(config)
+        skeleton = recognized.kind.module(config)
     ours, sizes, identity = skeleton.state_dict(), configs.sizes_of(config), None
-    projection = part.kind.identity
-    if given and projection in ours and not part.entries.keys() & part.layout.find(projection, sizes)[0]:
+    projection = recognized.kind.identity
+    if given and projection in ours and not recognized.entries.keys() & recognized.layout.find(projection, sizes)[0]:
         identity, columns = ours.pop(projection).shape
         if identity != columns:
             raise CheckpointError(f"{checkpoint.path} has no projection, and one of shape {(identity, columns)} cannot "
                                   "be the identity: give the file that has it, or a config without")
         skeleton.set_submodule(_module(projection), nn.Identity())
-    _compare(checkpoint, part, {theirs: piece for _, theirs, piece in part.layout.split(ours, sizes)})
-    return Stored(checkpoint.path, config, part, skeleton, identity)
+    _compare(checkpoint, recognized, {theirs: piece for _, theirs, piece in recognized.layout.split(ours, sizes)})
+    return Stored(checkpoint.path, config, recognized, skeleton, identity)
 
 
 def roles(path: str | Path) -> list[str]:
     """The modules in a file, or in a hub folder of one: transformer, autoencoder, clip_l, clip_g, t5, or clip for a
     CLIP text encoder of sizes of its own. Empty where there is none that we know; errors as in `load_transformer`."""
-    return [part.role for part in find_parts(open_checkpoint(path).entries)]
+    return [one.role for one in recognize(open_checkpoint(path).entries)]
 
 
 def _module(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _of_kinds(parts: list[Part], kinds: tuple[Kind, ...], which: Role | None) -> list[Part]:
-    """The parts of these kinds, and of this role as far as it shows."""
+def _of_kinds(modules: list[Recognized], kinds: tuple[Kind, ...], which: Role | None) -> list[Recognized]:
+    """The modules of these kinds, and of this role as far as it shows."""
     roles = (None, which, *(("clip",) if which in ("clip_l", "clip_g") else ()))
-    return [part for part in parts if part.kind in kinds and (which is None or part.role in roles)]
+    return [one for one in modules if one.kind in kinds and (which is None or one.role in roles)]
 
 
-def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None) -> Part:
+def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None) -> Recognized:
     """The one module that is meant."""
-    parts = find_parts(checkpoint.entries)
-    found = _of_kinds(parts, kinds, which)
-    has_transformer = any(part.kind in (FLUX, SD3) for part in parts)
+    modules = recognize(checkpoint.entries)
+    found = _of_kinds(modules, kinds, which)
+    has_transformer = any(one.kind in (FLUX, SD3) for one in modules)
     if not has_transformer and (what := foreign(checkpoint.entries)):
         raise CheckpointError(f"{checkpoint.path} is {what}")
     if len(found) == 1:
         return found[0]
     wanted = which or " or ".join(dict.fromkeys(kind.name for kind in kinds))
     if found:
-        names = ", ".join(f"{part.role} ({part.prefix}{part.layout.sign})" for part in found)
-        told_apart = which is None and len({part.role for part in found}) == len(found)
+        names = ", ".join(f"{one.role} ({one.prefix}{one.layout.sign})" for one in found)
+        told_apart = which is None and len({one.role for one in found}) == len(found)
         remedy = f"say which={found[-1].role!r}, for example" if told_apart else "give a file with one of them"
         raise CheckpointError(f"{checkpoint.path} holds several of these, {names}: {remedy}")
-    if parts:
-        held = " and ".join(f"{part.kind.name} ({part.layout.name} layout)" for part in parts)
+    if modules:
+        held = " and ".join(f"{one.kind.name} ({one.layout.name} layout)" for one in modules)
         raise CheckpointError(f"{checkpoint.path} holds no {wanted} but {held}: give another file")
     signs = " or ".join(dict.fromkeys(layout.sign for kind in kinds for layout in kind.layouts))
     first = next(iter(checkpoint.entries), "no tensor at all")
@@ -133,15 +133,15 @@ def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None)
                           "part of the model, or one of several shards?")
 
 
-def _settle_config(part: Part, checkpoint: Checkpoint, config: configs.Config | None,
+def _settle_config(recognized: Recognized, checkpoint: Checkpoint, config: configs.Config | None,
                    family: str | None) -> configs.Config:
     """The caller's config, config.json's, or the one the shapes tell, in this order; the shapes must agree."""
-    kind, stored = part.kind, shapes.Shapes(part.entries, part.layout, part.prefix)
+    kind, stored = recognized.kind, shapes.Shapes(recognized.entries, recognized.layout, recognized.prefix)
     try:
         if config is not None and not isinstance(config, kind.config):
             raise CheckpointError(f"config is a {type(config).__name__}, expected a {kind.config.__name__}")
         found = kind.fields(stored)
-        if config is None and checkpoint.config is not None and part.layout in (kind.hub, kind.bare):
+        if config is None and checkpoint.config is not None and recognized.layout in (kind.hub, kind.bare):
             config = kind.from_hub(checkpoint.config)
         if config is None:
             latents = {} if family is None else shapes.LATENTS[family]
@@ -155,12 +155,13 @@ def _settle_config(part: Part, checkpoint: Checkpoint, config: configs.Config | 
     return config
 
 
-def _compare(checkpoint: Checkpoint, part: Part, wanted: Mapping[str, Tensor]) -> None:
+def _compare(checkpoint: Checkpoint, recognized: Recognized, wanted: Mapping[str, Tensor]) -> None:
     """Every wanted tensor is there, in its shape, and no other."""
-    where, entries = f"{checkpoint.path} ({part.layout.name} layout)", part.entries
+    where, entries = f"{checkpoint.path} ({recognized.layout.name} layout)", recognized.entries
     if missing := [name for name in wanted if name not in entries]:
-        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first {part.prefix}{missing[0]} "
-                              f"of shape {tuple(wanted[missing[0]].shape)}: is it one of several shards, or cut short?")
+        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first "
+                              f"{recognized.prefix}{missing[0]} of shape {tuple(wanted[missing[0]].shape)}: "
+                              "is it one of several shards, or cut short?")
     if unknown := [entry.name for name, entry in entries.items() if name not in wanted]:
         raise CheckpointError(f"{where} has {len(unknown)} tensors the model has no place for, first {unknown[0]}: "
                               "is it a variant of the model (LoRA, quantized, more inputs)?")

@@ -1,4 +1,4 @@
-"""The paper's experiments on the embedded checkpoints: `python -m benchmarks.paper [--quick]`.
+"""The paper's experiments on the bundled checkpoints: `python -m benchmarks.paper [--quick]`.
 
 Paints groups of pictures with every method, strength and checkpoint, measures them, and writes tables and figures.
 A run that is stopped goes on where it was: no finished group is painted again.
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from weights import EMBEDDED
+from weights import BUNDLED
 
 from .plan import REGIMES, finalists, in_first_round, jobs
 from .run import COST_RUNS, costs, finished, run
@@ -21,7 +21,7 @@ FULL, QUICK = Path("benchmarks/results/paper"), Path("outputs/paper-quick")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four prompts, three settings a method: ten minutes")
-    parser.add_argument("--models", nargs="+", choices=REGIMES, default=[m for m in REGIMES if m in EMBEDDED])
+    parser.add_argument("--models", nargs="+", choices=REGIMES, default=[m for m in REGIMES if m in BUNDLED])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"folder for results (default: {FULL}, with --quick {QUICK})")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there; paint no group")

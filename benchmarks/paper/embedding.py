@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weights.tiny.loop import train
-from weights.tiny.world import ARRANGEMENTS, COLORS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, render, sample_scene
+from tiny.world import ARRANGEMENTS, COLORS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene, render, sample_scene
+from training.loop import train
 
 FILE = Path(__file__).parent / "embedding.pt"
 WIDTH = 32  # numbers for a picture

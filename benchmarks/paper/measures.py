@@ -10,9 +10,9 @@ from torch import Tensor
 
 from repulsion import vendi_score
 from sampler.report import to_pixels
-from weights.tiny.captions import parse
-from weights.tiny.reader import adherence, attribute_vectors, find_ground, find_things, read
-from weights.tiny.world import (
+from tiny.captions import parse
+from tiny.reader import adherence, attribute_vectors, find_ground, find_things, read
+from tiny.world import (
     ARRANGEMENTS,
     COLOR_RGB,
     COLORS,

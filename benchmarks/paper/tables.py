@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from weights.tiny.captions import parse
-from weights.tiny.reader import adherence
-from weights.tiny.world import render, sample_scene
+from tiny.captions import parse
+from tiny.reader import adherence
+from tiny.world import render, sample_scene
 
 from .embedding import Embedding
 from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached, vectors_of, vendi_of_pairs

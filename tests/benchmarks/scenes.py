@@ -2,7 +2,7 @@
 
 import random
 
-from weights.tiny.world import sample_scene
+from tiny.world import sample_scene
 
 
 def scenes_of(count, seed):

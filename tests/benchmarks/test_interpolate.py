@@ -15,7 +15,7 @@ from sampler import interpolate as program
 from sampler import starting_noise
 from sampler.interpolate import ContextInterpolation, LatentInterpolation, between, blur, interpolate
 from sampler.pipeline import to_picture
-from weights.tiny.world import render, sample_scene
+from tiny.world import render, sample_scene
 
 EVERYWHERE = Repulsion(0.0, steps=4)
 PROMPT = "a star"

@@ -18,7 +18,7 @@ from benchmarks.paper.__main__ import main
 from benchmarks.paper.embedding import Embedding
 from benchmarks.paper.run import finished, paint, run
 from sampler import Pipeline
-from weights.tiny.world import Scene, Thing, render
+from tiny.world import Scene, Thing, render
 
 ROOT = Path(__file__).parents[2]
 NAVY = ("center", "navy", "plain")

@@ -24,7 +24,7 @@ from examples.numpy_port.sampler import paint
 from repulsion import Repulsion, repel
 from sampler import Pipeline, starting_noise
 
-FOLDER = weights.EMBEDDED["tiny-sd3"]
+FOLDER = weights.BUNDLED["tiny-sd3"]
 PORT = Path(examples.numpy_port.__file__).parent
 SHIPPED = json.loads((FOLDER / "sampling.json").read_text(encoding="utf-8"))
 EXACT = 1e-12  # float64 sums of up to 600 products in some tens of layers: at most some thousand roundings of 1e-16

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from mmdit.tokenizers import END, START, ClipTokenizer, T5Tokenizer
-from weights.tiny.tokenizers import train_clip_tokenizer, train_t5_tokenizer
+from training.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 CAPTIONS = [
     f"a {size} {color} {shape} {side} a {other} star on a {ground} ground, it's number {len(size + color + shape)}"

@@ -16,7 +16,7 @@ from test_tokenizers import CAPTIONS, write_public_clip
 import weights
 from mmdit.tokenizers import END, START, ClipTokenizer, T5Tokenizer
 
-SHIPPED = weights.EMBEDDED["tiny-sd3"]
+SHIPPED = weights.BUNDLED["tiny-sd3"]
 
 RANGES = {  # code points, the last one included
     "latin": [(0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F), (0x1E00, 0x1EFF), (0xFB00, 0xFB06), (0xFF21, 0xFF5A)],

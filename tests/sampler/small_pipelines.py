@@ -1,4 +1,4 @@
-"""Small random pipelines of diffusers, saved as hub folders, with the tokenizers of the embedded checkpoint."""
+"""Small random pipelines of diffusers, saved as hub folders, with the tokenizers of the bundled checkpoint."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 import weights
 from sampler import Pipeline
 
-TOKENIZERS = weights.EMBEDDED["tiny-sd3"]
+TOKENIZERS = weights.BUNDLED["tiny-sd3"]
 FLUX_LATENTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 SD3_LATENTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 

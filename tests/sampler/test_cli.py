@@ -12,7 +12,7 @@ from small_pipelines import flux, saved
 
 from sampler import __main__ as cli
 from sampler import output
-from weights import EMBEDDED
+from weights import BUNDLED
 
 PICTURE = Path(__file__).parents[2] / "docs" / "samples.png"
 
@@ -140,7 +140,7 @@ def test_every_option_reaches_the_settings():
     (["a red circle and " * 9], "tokens and this checkpoint reads 24"),
     (["a circle", "--negative", "x", "--guidance", "1"], "negative_prompt needs"),
     (["a circle", "--blocks", "5-8"], "repulsion in block 8, but this model's blocks end at 7"),
-    (["a circle", "--model", str(EMBEDDED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["a circle", "--model", str(BUNDLED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     (["a circle", "--image", "photo.png"], "--image photo.png: there is no such file"),
     (["a circle", "--image", __file__], "test_cli.py is no picture that can be read"),
     (["a circle", "--image", str(PICTURE)], "a reference picture needs rotary positions, which FLUX.1-Kontext has"),

@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     folders = []
     for name, length in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 512)):
         folder = tmp_path_factory.mktemp("text") / name
-        shutil.copytree(weights.EMBEDDED["tiny-sd3"] / name, folder)
+        shutil.copytree(weights.BUNDLED["tiny-sd3"] / name, folder)
         config = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": length}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         folders.append(folder)

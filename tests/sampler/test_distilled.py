@@ -11,11 +11,11 @@ from small_pipelines import assert_same_pictures
 
 import weights
 from sampler import Pipeline, euler, sigmas, starting_noise
+from training import tiny_flux, tiny_turbo
+from training.teacher import FluxReader, Teacher
 from weights import load_transformer
-from weights.tiny import train_flux, train_turbo
-from weights.tiny.teacher import FluxReader, Teacher
 
-FOLDER = weights.EMBEDDED["tiny-sd3"]
+FOLDER = weights.BUNDLED["tiny-sd3"]
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +32,28 @@ def made_by(script, folder, *options):
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
-    return made_by(train_flux, tmp_path_factory.mktemp("tiny-flux"), "--steps", "2", "--scenes", "64")
+    return made_by(tiny_flux, tmp_path_factory.mktemp("tiny-flux"), "--steps", "2", "--scenes", "64")
 
 
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory):
-    return made_by(train_turbo, tmp_path_factory.mktemp("tiny-turbo"), "--steps", "2", "--trajectories", "64")
+    return made_by(tiny_turbo, tmp_path_factory.mktemp("tiny-turbo"), "--steps", "2", "--trajectories", "64")
 
 
 @pytest.fixture(params=["made now", "shipped"])
 def flux_folder(request, flux):
-    return flux if request.param == "made now" else weights.EMBEDDED["tiny-flux"]
+    return flux if request.param == "made now" else weights.BUNDLED["tiny-flux"]
 
 
 @pytest.fixture(params=["made now", "shipped"])
 def turbo_folder(request, turbo):
-    return turbo if request.param == "made now" else weights.EMBEDDED["tiny-turbo"]
+    return turbo if request.param == "made now" else weights.BUNDLED["tiny-turbo"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_trajectories():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_turbo, "FINE", 1)
+        patch.setattr(tiny_turbo, "FINE", 1)
         yield
 
 
@@ -76,7 +76,7 @@ def test_the_flux_student_starts_as_its_teacher_where_positions_say_nothing(teac
     # vector, which the student's way in ignores at first as it does the guidance.
     model = load_transformer(FOLDER, dtype=torch.float64)
     model.position_table.zero_()
-    student = train_flux.student_of(model).double()
+    student = tiny_flux.student_of(model).double()
     torch.manual_seed(0)
     latent, context = torch.randn(3, 6, 2, 2).double(), torch.randn(3, 24, 128).double()
     sigma = torch.tensor([0.2, 0.6, 1.0])
@@ -113,16 +113,17 @@ def test_diffusers_paints_the_same_pictures_from_the_turbo_folder(turbo_folder):
 
 @pytest.mark.parametrize("steps", [1, 4, 22])
 def test_the_student_is_taught_at_the_levels_it_is_sampled_at(steps):
-    torch.testing.assert_close(train_turbo.noise_levels(steps).float(), sigmas(steps, shift=3.0, spacing="sd3"))
+    sampled = Pipeline.load("tiny-turbo").sigmas(steps, 64, 64)
+    torch.testing.assert_close(tiny_turbo.noise_levels(steps), sampled, rtol=0, atol=0)
 
 
 def test_a_trajectory_passes_the_students_levels(teacher, monkeypatch):
     # The same noise and the same fine levels through the sampler's own loop; the students' are every third of them.
-    monkeypatch.setattr(train_turbo, "FINE", 3)
+    monkeypatch.setattr(tiny_turbo, "FINE", 3)
     captions = ["a star", "a green ring on the left"]
-    way = train_turbo.paint(teacher, captions, seed=5)
+    way = tiny_turbo.paint(teacher, captions, seed=5)
     noise = torch.randn((2, 6, 16, 16), generator=torch.Generator().manual_seed(5))
-    condition, weight, passed = teacher.condition(captions), torch.full((1, 2), train_turbo.GUIDANCE), []
+    condition, weight, passed = teacher.condition(captions), torch.full((1, 2), tiny_turbo.GUIDANCE), []
 
     def velocity(x, sigma, step):
         passed.append(x)
@@ -142,27 +143,27 @@ def test_trajectories_that_are_there_are_not_painted_again(teacher, tmp_path, mo
         painted.append((captions, seed))
         return torch.full((64, 5, 6, 16, 16), float(len(painted)))
 
-    monkeypatch.setattr(train_turbo, "paint", paint)
-    data = train_turbo.Data.sample(128, 20)
-    assert train_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [2] * 64
+    monkeypatch.setattr(tiny_turbo, "paint", paint)
+    data = tiny_turbo.Data.sample(128, 20)
+    assert tiny_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [2] * 64
     (tmp_path / "trajectories-0001.pt").unlink()  # as after a stop
-    assert train_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [3] * 64
+    assert tiny_turbo.trajectories(teacher, data, tmp_path, 2)[:, 0, 0, 0, 0].tolist() == [1] * 64 + [3] * 64
     assert painted[2] == painted[1] != painted[0]
 
 
 def test_a_number_of_trajectories_that_fills_no_chunk_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        made_by(train_turbo, tmp_path / "out", "--trajectories", "100")
+        made_by(tiny_turbo, tmp_path / "out", "--trajectories", "100")
     assert stop.value.code == 2 and "multiple of 64" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", weights.EMBEDDED)
+@pytest.mark.parametrize("name", weights.BUNDLED)
 def test_a_shipped_checkpoint_is_small(name):
-    assert sum(file.stat().st_size for file in weights.EMBEDDED[name].rglob("*") if file.is_file()) <= 20e6
+    assert sum(file.stat().st_size for file in weights.BUNDLED[name].rglob("*") if file.is_file()) <= 20e6
 
 
-@pytest.mark.parametrize("script", [train_flux, train_turbo])
+@pytest.mark.parametrize("script", [tiny_flux, tiny_turbo])
 def test_the_shipped_defaults_are_those_that_the_script_writes(script):
-    folder = weights.EMBEDDED[script.__name__.rpartition(".")[2].replace("train_", "tiny-")]
+    folder = weights.BUNDLED[script.__name__.rpartition(".")[2].replace("_", "-")]
     assert json.loads((folder / "sampling.json").read_text()) == script.SAMPLING

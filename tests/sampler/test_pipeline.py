@@ -16,7 +16,7 @@ from repulsion import Repulsion
 from sampler import Pipeline, starting_noise
 from sampler.pipeline import to_picture
 
-FOLDER = weights.EMBEDDED["tiny-sd3"]
+FOLDER = weights.BUNDLED["tiny-sd3"]
 
 
 def pixels(pictures):

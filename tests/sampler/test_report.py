@@ -6,7 +6,7 @@ import torch
 from sampler.output import fit, free_folder, grid
 from sampler.pipeline import to_picture
 from sampler.report import count_attributes, describe_batch, scene_adherence, table, to_pixels
-from weights.tiny.world import Scene, Thing, render
+from tiny.world import Scene, Thing, render
 
 RED = Scene((Thing("circle", "red", "medium"),), "center", "navy", "plain")
 BLUE = Scene((Thing("square", "blue", "large"),), "left", "pink", "striped")

@@ -43,7 +43,7 @@ PREFIXES = {"transformer": "model.diffusion_model.", "flux vae": "vae.", "sd3 va
 
 
 def tokenizers(family):
-    """What a hub folder of this family calls each, and where the embedded one is."""
+    """What a hub folder of this family calls each, and where the bundled one is."""
     found = {"tokenizer": "tokenizer", "tokenizer_2": "tokenizer_2", "tokenizer_3": "tokenizer_3"}
     return {"tokenizer": "tokenizer", "tokenizer_2": "tokenizer_3"} if family == "flux" else found
 

@@ -15,7 +15,7 @@ from sparse import shapes_of, sparse_file, sparse_hub_folder
 
 import weights
 from mmdit import MMDiT
-from weights import EMBEDDED, load_transformer, save_transformer
+from weights import BUNDLED, load_transformer, save_transformer
 from weights.hub import cache_folder, resolve
 
 NAME, HASH = "somebody/some-model.1", "0" * 39 + "1"
@@ -94,18 +94,18 @@ def test_one_snapshot_needs_no_ref_and_several_do(cache):
         resolve(cache / "models--somebody--some-model.1")
 
 
-def test_paths_and_embedded_names_go_before_names_on_the_hub(cache, tmp_path, monkeypatch):
+def test_paths_and_bundled_names_go_before_names_on_the_hub(cache, tmp_path, monkeypatch):
     pipeline(cache)
     (tmp_path / NAME).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve(NAME) == Path(NAME)
-    assert resolve("tiny-sd3") == EMBEDDED["tiny-sd3"]
+    assert resolve("tiny-sd3") == BUNDLED["tiny-sd3"]
 
 
 @pytest.mark.parametrize("text", ["nowhere", "models/flux1-dev.safetensors", "models/x.gguf", "a/b/c", "/a/b", "../b",
                                   "models/flux.ckpt", "-x/y"])
 def test_what_is_meant_as_a_path_is_never_downloaded(text):
-    known = ", ".join(EMBEDDED)
+    known = ", ".join(BUNDLED)
     with pytest.raises(FileNotFoundError, match=f"give a .safetensors file, a folder with one, one of {known}, or a"):
         resolve(text)
 
@@ -127,10 +127,10 @@ def test_without_the_package_the_error_names_a_command_that_works(cache, without
 
 def test_inspect_never_downloads(cache):
     with pytest.raises(FileNotFoundError, match=f"run `hf download {NAME}`"):
-        weights.inspect(NAME)
+        weights.inspect_checkpoint(NAME)
     folder = pipeline(cache)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert weights.inspect(NAME).missing.keys() == {"autoencoder"}
+    assert weights.inspect_checkpoint(NAME).missing.keys() == {"autoencoder"}
 
 
 # What the repositories hold, in short: True for what a pipeline reads.
@@ -214,7 +214,7 @@ def test_links_into_the_blobs_are_followed(cache):
     blob = sparse_file(cache / "models--black-forest-labs--FLUX.1-schnell" / "blobs" / "abc",
                        shapes_of("bfl/flux1-schnell"))
     (folder / "flux1-schnell.safetensors").symlink_to(blob)
-    found = weights.inspect("black-forest-labs/FLUX.1-schnell")
+    found = weights.inspect_checkpoint("black-forest-labs/FLUX.1-schnell")
     assert found.variant == "flux1-schnell" and found.components[0].where == "flux1-schnell.safetensors"
 
 

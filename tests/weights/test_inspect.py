@@ -1,4 +1,4 @@
-"""`weights.inspect` and `python -m weights`, on files with the public ones' own names and shapes at full size."""
+"""`weights.inspect_checkpoint` and `python -m weights`, on files with the public names and shapes at full size."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def float8(name, shape):
 ])
 def test_files_with_a_transformer(tmp_path, name, manifest, variant, billions):
     file = sparse_file(tmp_path / f"{name}.safetensors", shapes_of(manifest))
-    found = weights.inspect(file)
+    found = weights.inspect_checkpoint(file)
     transformer, *others = found.components
     assert found.family == transformer.layout.split()[1] == ("FLUX.1" if "flux" in manifest else "SD3")
     assert found.variant == variant
@@ -79,7 +79,7 @@ def test_files_with_a_transformer(tmp_path, name, manifest, variant, billions):
     ("text/clip_g", "clip_g", 694_659_840), ("text/t5xxl", "t5", T5_PARAMETERS),
 ])
 def test_files_without_a_transformer(tmp_path, manifest, role, parameters):
-    found = weights.inspect(sparse_file(tmp_path / "any.safetensors", shapes_of(manifest)))
+    found = weights.inspect_checkpoint(sparse_file(tmp_path / "any.safetensors", shapes_of(manifest)))
     assert (found.family, found.variant, found.missing) == (None, None, {})
     assert [(c.role, c.parameters) for c in found.components] == [(role, parameters)]
 
@@ -88,7 +88,7 @@ def test_sd3_with_everything_but_its_tokenizers(tmp_path):
     tensors = shapes_of("sai/sd3_medium") | text_encoders(["clip_l", "clip_g", "t5xxl"])
     file = sparse_file(tmp_path / "sd3_medium_incl_clips_t5xxlfp8.safetensors", tensors,
                        lambda name, shape: "F8_E4M3" if "t5xxl" in name and len(shape) > 1 else "F16")
-    found = weights.inspect(file)
+    found = weights.inspect_checkpoint(file)
     assert [(c.role, c.prefix) for c in found.components] == [
         ("transformer", DIT), ("autoencoder", VAE), ("clip_l", "text_encoders.clip_l.transformer."),
         ("clip_g", "text_encoders.clip_g.transformer."), ("t5", "text_encoders.t5xxl.transformer.")]
@@ -99,7 +99,7 @@ def test_sd3_with_everything_but_its_tokenizers(tmp_path):
 @pytest.mark.parametrize("prefix", ["", DIT])
 def test_flux_in_float8_with_everything_but_its_tokenizers(tmp_path, prefix):
     tensors = shapes_of("bfl/flux1-dev", prefix) | shapes_of("bfl/ae", "vae.") | text_encoders(["clip_l", "t5xxl"])
-    found = weights.inspect(sparse_file(tmp_path / "flux1-dev-fp8.safetensors", tensors, float8))
+    found = weights.inspect_checkpoint(sparse_file(tmp_path / "flux1-dev-fp8.safetensors", tensors, float8))
     assert (found.family, found.variant) == ("FLUX.1", "flux1-dev")
     assert [(c.role, c.prefix, c.parameters) for c in found.components] == [
         ("transformer", prefix, 11_901_408_320), ("autoencoder", "vae.", VAE_PARAMETERS),
@@ -112,11 +112,11 @@ def test_flux_in_float8_with_everything_but_its_tokenizers(tmp_path, prefix):
 
 def test_scales_belong_to_their_matrices(tmp_path):
     tensors, matrix = shapes_of("bfl/flux1-schnell"), "double_blocks.0.img_attn.qkv"
-    plain = weights.inspect(sparse_file(tmp_path / "plain.safetensors", tensors, float8)).components[0]
+    plain = weights.inspect_checkpoint(sparse_file(tmp_path / "plain.safetensors", tensors, float8)).components[0]
     tensors |= {f"{matrix}.scale_weight": (), "scaled_fp8": (2,)}
     scaled = sparse_file(tmp_path / "scaled.safetensors", tensors,
                          lambda name, shape: "F32" if name.endswith("scale_weight") else float8(name, shape))
-    scaled = weights.inspect(scaled).components[0]
+    scaled = weights.inspect_checkpoint(scaled).components[0]
     assert scaled.dtypes["F8_E4M3 scaled"] == 1 and scaled.dtypes["F8_E4M3"] == plain.dtypes["F8_E4M3"] - 1
     assert scaled.parameters == plain.parameters and scaled.bytes == plain.bytes + 4
 
@@ -125,7 +125,7 @@ def test_24_gb_are_recognized_in_under_a_second(tmp_path):
     file = sparse_file(tmp_path / "flux1-dev.safetensors", shapes_of("bfl/flux1-dev"))
     assert file.stat().st_size > 23.8e9
     start = time.process_time()  # CPU time: by the clock, whatever else runs on the machine would be measured too
-    assert weights.inspect(file).variant == "flux1-dev"
+    assert weights.inspect_checkpoint(file).variant == "flux1-dev"
     assert time.process_time() - start < 1
 
 
@@ -143,7 +143,7 @@ def test_pipelines_as_the_hub_has_them(tmp_path, monkeypatch, name, family, tran
     sparse_file(folder / "ae.safetensors", shapes_of("bfl/ae"))  # the original files beside
     sparse_file(folder / "text_encoders" / "t5xxl_fp16.safetensors", shapes_of("text/t5xxl"), "F16")
     sparse_file(folder / "text_encoder" / "model.fp16.safetensors", {"narrow": (1,)}, "F16")
-    found = weights.inspect(folder)
+    found = weights.inspect_checkpoint(folder)
     roles = {"transformer/": "transformer", "vae/": "autoencoder", "text_encoder/": "clip_l"}
     roles |= {"text_encoder_2/": "t5"} if family == "flux" else {"text_encoder_2/": "clip_g", "text_encoder_3/": "t5"}
     assert {c.where: c.role for c in found.components} == roles
@@ -155,18 +155,18 @@ def test_pipelines_as_the_hub_has_them(tmp_path, monkeypatch, name, family, tran
     assert list(found.tokenizers.values()) == kinds and found.scheduler == "scheduler/scheduler_config.json"
 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert weights.inspect(f"somebody/{name}") == weights.inspect(cached) == found
-    assert weights.inspect(folder / "transformer").variant == variant
+    assert weights.inspect_checkpoint(f"somebody/{name}") == weights.inspect_checkpoint(cached) == found
+    assert weights.inspect_checkpoint(folder / "transformer").variant == variant
     for lost in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
                  "text_encoder/model.fp16.safetensors", "tokenizer/merges.txt"):
         (folder / lost).unlink()
-    found = weights.inspect(folder)
+    found = weights.inspect_checkpoint(folder)
     assert {c.where for c in found.components if c.role == "autoencoder"} == {"ae.safetensors"}
     assert found.missing.keys() == {"clip_l", "tokenizer" if family == "flux" else "tokenizer_2"}
 
 
 def test_text_encoders_of_unusual_width_are_told_by_their_folders():
-    found = weights.inspect("tiny-sd3")
+    found = weights.inspect_checkpoint("tiny-sd3")
     roles = {c.where: c.role for c in found.components}
     assert roles["text_encoder/"] == "clip_l" and roles["text_encoder_2/"] == "clip_g"
     assert (found.family, found.variant, found.missing, found.optional) == ("SD3", "of its own", {}, {})
@@ -178,7 +178,7 @@ def test_a_folder_of_original_files(tmp_path):
     sparse_file(tmp_path / "lora.safetensors", {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 8)})
     sparse_file(tmp_path / "text_encoders" / "t5xxl_fp16.safetensors", shapes_of("text/t5xxl"))
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": [["a", 0.0]]}}')
-    found = weights.inspect(tmp_path)
+    found = weights.inspect_checkpoint(tmp_path)
     assert {c.role: c.where for c in found.components} == {
         "transformer": "flux1-schnell.safetensors", "autoencoder": "ae.safetensors",
         "t5": "text_encoders/t5xxl_fp16.safetensors"}
@@ -191,7 +191,7 @@ def test_of_several_files_the_transformer_s_own_autoencoder_counts(tmp_path):
     sparse_file(tmp_path / "sd3_medium.safetensors", shapes_of("sai/sd3_medium"))
     sparse_file(tmp_path / "sd3_medium_incl_clips.safetensors",
                 shapes_of("sai/sd3_medium") | text_encoders(["clip_l", "clip_g"]))
-    found = weights.inspect(tmp_path)
+    found = weights.inspect_checkpoint(tmp_path)
     assert {c.role: c.where for c in found.components} == {
         "transformer": "sd3_medium.safetensors", "autoencoder": "sd3_medium.safetensors",
         "clip_l": "sd3_medium_incl_clips.safetensors", "clip_g": "sd3_medium_incl_clips.safetensors"}
@@ -221,7 +221,7 @@ def test_impostors_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is {message}"):
-            weights.inspect(path)
+            weights.inspect_checkpoint(path)
 
 
 @pytest.mark.parametrize(("tensors", "message"), [
@@ -241,22 +241,22 @@ def test_impostors_are_named(tmp_path, name, content, message):
 def test_other_models_are_named(tmp_path, tensors, message):
     file = sparse_file(tmp_path / "wrong.safetensors", tensors)
     with pytest.raises(CheckpointError, match=rf"wrong\.safetensors.*{message}"):
-        weights.inspect(file)
+        weights.inspect_checkpoint(file)
 
 
 def test_folders_that_cannot_be_right_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file"):
-        weights.inspect(tmp_path)
+        weights.inspect_checkpoint(tmp_path)
     flux = sparse_hub_folder(tmp_path / "flux", "flux", "diffusers/flux1-schnell.transformer")
     shard = "diffusion_pytorch_model-00002-of-00003.safetensors"
     with pytest.raises(CheckpointError, match=f"{shard} is one of 3 shards: give the folder"):
-        weights.inspect(flux / "transformer" / shard)
+        weights.inspect_checkpoint(flux / "transformer" / shard)
     (flux / "transformer" / shard).unlink()
     with pytest.raises(FileNotFoundError, match=f"{shard} is missing"):
-        weights.inspect(flux)
+        weights.inspect_checkpoint(flux)
     (flux / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(CheckpointError, match="flux is a StableDiffusionXLPipeline, expected a FluxPipeline or"):
-        weights.inspect(flux)
+        weights.inspect_checkpoint(flux)
 
 
 # ---- numbers
@@ -277,7 +277,8 @@ def stored(tmp_path):
 def test_nan_and_infinity_are_found_wherever_they_are(stored, monkeypatch):
     path, change = stored
     monkeypatch.setattr(inspection, "PIECE", 1000)
-    assert weights.inspect(path).not_finite is None and weights.inspect(path, check_numbers=True).not_finite == ()
+    assert weights.inspect_checkpoint(path).not_finite is None
+    assert weights.inspect_checkpoint(path, check_numbers=True).not_finite == ()
     bias, fine = torch.zeros(128), torch.full((384,), 1e300, dtype=torch.float64)  # too large for float32, yet finite
     bias[-1] = float("-inf")
     matrix = torch.zeros(128, 128).to(torch.float8_e4m3fn)
@@ -288,11 +289,11 @@ def test_nan_and_infinity_are_found_wherever_they_are(stored, monkeypatch):
            joint_blocks__1__x_block__attn__proj__scale_weight=torch.tensor(float("nan")),
            joint_blocks__1__x_block__attn__proj__weight=torch.zeros(128, 128).to(torch.float8_e5m2),
            joint_blocks__0__x_block__attn__qkv__bias=fine, joint_blocks__0__x_block__mlp__fc1__bias=half)
-    found = weights.inspect(path, check_numbers=True)
+    found = weights.inspect_checkpoint(path, check_numbers=True)
     names = ("0.x_block.attn.proj.bias", "0.x_block.attn.proj.weight", "0.x_block.mlp.fc1.bias",
              "1.x_block.attn.proj.scale_weight")
     assert sorted(found.not_finite) == [f"{DIT}joint_blocks.{name}" for name in names]
-    assert set(weights.inspect(path.parent, check_numbers=True).not_finite) == {
+    assert set(weights.inspect_checkpoint(path.parent, check_numbers=True).not_finite) == {
         f"x.safetensors: {name}" for name in found.not_finite}
 
 

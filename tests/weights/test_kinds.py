@@ -8,21 +8,21 @@ from sparse import MANIFESTS, shapes_of, sparse_file
 
 from mmdit import ClipTextEncoder
 from weights import CheckpointError, load_text_encoder, save_text_encoder
-from weights.files import Entry
-from weights.kinds import find_parts, foreign
+from weights.files import TensorEntry
+from weights.kinds import foreign, recognize
 
 
 def entries(tensors):
-    return {name: Entry(Path("file"), name, "F32", shape) for name, shape in tensors.items()}
+    return {name: TensorEntry(Path("file"), name, "F32", shape) for name, shape in tensors.items()}
 
 
 def roles(tensors):
-    return [part.role for part in find_parts(entries(tensors))]
+    return [module.role for module in recognize(entries(tensors))]
 
 
 def test_every_tensor_of_a_public_file_belongs_to_the_module_it_is_of():
     for manifest in MANIFESTS:
-        parts = find_parts(entries(shapes_of(manifest)))
+        parts = recognize(entries(shapes_of(manifest)))
         assert len(parts) == (2 if manifest.startswith("sai") else 1), manifest
         named = [part.prefix + name for part in parts for name in part.entries]
         second = {"encoder.embed_tokens.weight"} if "t5" in manifest else set()
@@ -34,7 +34,7 @@ def test_every_tensor_of_a_public_file_belongs_to_the_module_it_is_of():
 def test_merged_files_are_parted_and_strange_names_belong_to_the_module_without_prefix(prefix):
     modules = {prefix: "bfl/flux1-dev", "vae.": "bfl/ae", "text_encoders.clip_l.transformer.": "text/clip_l"}
     merged = {name: shape for start, manifest in modules.items() for name, shape in shapes_of(manifest, start).items()}
-    parts = find_parts(entries(merged | {"strange.weight": (1,)}))
+    parts = recognize(entries(merged | {"strange.weight": (1,)}))
     assert {part.prefix: part.role for part in parts} == dict(zip(modules, ["transformer", "autoencoder", "clip_l"],
                                                                   strict=True))
     for part in parts:

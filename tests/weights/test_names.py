@@ -10,8 +10,8 @@ import torch
 
 from mmdit import PRESETS, AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config
 from weights import configs, load
-from weights.files import Entry
-from weights.names import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SAME, SWAP_HALVES, CheckpointError, Sizes
+from weights.files import TensorEntry
+from weights.names import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, CheckpointError, Sizes
 from weights.names_transformer import SD3_HUB, SD3_ORIGINAL
 from weights.shapes import Shapes
 
@@ -86,7 +86,7 @@ def test_the_public_file_mapped_to_our_names_is_our_module(case):
 
 def test_sizes_are_found_from_names_and_shapes(case):
     tensors, kind, layout, config, _, prefix = case
-    stored = Shapes({n: Entry(Path("file"), n, "F32", s) for n, s in tensors.items()}, layout, prefix)
+    stored = Shapes({n: TensorEntry(Path("file"), n, "F32", s) for n, s in tensors.items()}, layout, prefix)
     found = kind.fields(stored)
     if kind is load.AUTOENCODER and layout is kind.hub:  # whose latents only config.json describes
         assert found.items() <= vars(config).items()
@@ -127,7 +127,7 @@ def test_transforms_do_what_they_say_and_back(transform, stored, ours):
 
 def test_only_the_last_context_modulation_of_sd3_is_swapped_on_the_hub():
     sizes = Sizes(width=4, last=2)
-    for block, transform in [(0, SAME), (1, SAME), (2, SWAP_HALVES)]:
+    for block, transform in [(0, UNCHANGED), (1, UNCHANGED), (2, SWAP_HALVES)]:
         found = SD3_HUB.find(f"dual_blocks.{block}.context.modulation.bias", sizes)
         assert found == ([f"transformer_blocks.{block}.norm1_context.linear.bias"], transform)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from weights.tiny.reader import adherence, attribute_vectors, read
-from weights.tiny.world import Scene, Thing, render, sample_scene
+from tiny.reader import adherence, attribute_vectors, read
+from tiny.world import Scene, Thing, render, sample_scene
 
 
 def scenes_of(count, seed):

@@ -1,6 +1,6 @@
-"""Makes the checkpoint `tiny-sd3` from nothing: `python -m weights.tiny.train --help`.
+"""Makes the checkpoint `tiny-sd3` from nothing: `python -m training.tiny_sd3 --help`.
 
-Every part of Stable Diffusion 3.5 in small, trained one after the other on the procedural world of `world.py`:
+Every part of Stable Diffusion 3.5 in small, trained one after the other on the procedural world of `tiny/world.py`:
 tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders against pictures without color,
 and last the T5 encoder together with the MMDiT, by flow matching. About 75 minutes on two CPU cores.
 """
@@ -27,8 +27,8 @@ from mmdit import (
     T5Encoder,
     T5Tokenizer,
 )
+from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
@@ -142,13 +142,13 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     """
     t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
-    empty = sd3_condition(clips, t5, tokenizers, [""], TRANSFORMER.context_dim, device)[1].detach()
+    empty = sd3_condition(clips, t5, tokenizers, [""], device)[1].detach()
 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
         captions = data.captions(rows, step)
         noisy, sigma, velocity = noised(latents[rows].float().to(device))
-        context, pooled = sd3_condition(clips, t5, tokenizers, captions, TRANSFORMER.context_dim, device)
+        context, pooled = sd3_condition(clips, t5, tokenizers, captions, device)
         pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
         return F.mse_loss(model(noisy, sigma, context, pooled).float(), velocity)
 

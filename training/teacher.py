@@ -6,26 +6,23 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
+from sampler.conditioning import sd3_conditioning
+from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from ..load import load_autoencoder, load_text_encoder, load_transformer
 from .data import Data, encode
 
 FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # where nothing is trained
 TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
 
 
-def sd3_condition(clips: list[ClipTextEncoder], t5: T5Encoder, tokenizers: list, captions: list[str], context_dim: int,
+def sd3_condition(clips: list[ClipTextEncoder], t5: T5Encoder, tokenizers: list, captions: list[str],
                   device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """What SD3 makes of captions: context (b, 2 n, context_dim), CLIP's tokens then T5's; pooled (b, both CLIPs')."""
-    outputs = [clip(tokenize(captions).to(device)) for clip, tokenize in zip(clips, tokenizers, strict=False)]
-    states = torch.cat([o.penultimate for o in outputs], dim=-1)
-    states = F.pad(states, (0, context_dim - states.shape[-1]))
-    context = torch.cat([states, t5(tokenizers[2](captions).to(device))], dim=1)
-    return context, torch.cat([o.pooled for o in outputs], dim=-1)
+    """Context (b, 2 n, d) and pooled vector (b, p) of captions, from the three tokenizers and encoders of SD3."""
+    ids = [tokenize(captions).to(device) for tokenize in tokenizers]
+    return sd3_conditioning([clip(ids[i]) for i, clip in enumerate(clips)], t5(ids[2]))
 
 
 class Teacher(nn.Module):
@@ -46,8 +43,7 @@ class Teacher(nn.Module):
 
     def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Context (b, n, d) and pooled vector (b, p) of captions, as SD3 reads them."""
-        width = self.transformer.config.context_dim
-        return sd3_condition(self.clips, self.t5, self.tokenizers, captions, width, self.device)
+        return sd3_condition(self.clips, self.t5, self.tokenizers, captions, self.device)
 
     @torch.no_grad()
     def velocities(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor],

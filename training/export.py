@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
-
-from ..load import save_autoencoder, save_text_encoder, save_transformer
+from weights import save_autoencoder, save_text_encoder, save_transformer
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SHARED = {"scheduler": ["diffusers", SCHEDULER], "vae": ["diffusers", "AutoencoderKL"]}

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weights.tiny.captions import WORDS, describe, parse
-from weights.tiny.world import (
+from tiny.captions import WORDS, describe, parse
+from tiny.world import (
     ARRANGEMENTS,
     COLOR_RGB,
     COLORS,

@@ -14,10 +14,9 @@ from itertools import permutations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
 from torch import Tensor
 
-from weights.tiny.world import (
+from .world import (
     ARRANGEMENTS,
     COLOR_RGB,
     COLORS,
@@ -88,7 +87,7 @@ def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
 def ground_sheets() -> Tensor:
     """Every textured ground without things, (grounds * textures, 3, 64, 64) in [0, 1]."""
     sheets = GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets()[None, :, None]
-    return rearrange(sheets, "ground texture rgb y x -> (ground texture) rgb y x").clamp(0, 1)
+    return sheets.flatten(0, 1).clamp(0, 1)
 
 
 def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | None]]:
@@ -98,8 +97,8 @@ def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | No
     """
     cost = []
     for sheet in ground_sheets():
-        error = reduce((images - sheet).square(), "b rgb y x -> b y x", "sum") / GROUND_REACH**2
-        cost.append(reduce(error.clamp(max=1), "b y x -> b", "mean"))
+        error = (images - sheet).square().sum(dim=1) / GROUND_REACH**2
+        cost.append(error.clamp(max=1).mean(dim=(1, 2)))
     cost, best = torch.stack(cost).min(dim=0)
     known = (cost < 1 - GROUND_SHARE).tolist()
     grounds = [GROUNDS[i // len(TEXTURES)] if ok else None for i, ok in zip(best.tolist(), known, strict=True)]
@@ -138,7 +137,7 @@ def find_components(mask: Tensor) -> Tensor:
         if torch.equal(spread, labels):
             break
         labels = spread
-    numbers = rearrange(labels, "b y x -> b (y x)").long()
+    numbers = labels.flatten(1).long()
     areas = torch.zeros(len(mask), mask[0].numel() + 1, dtype=torch.long)
     areas.scatter_add_(1, numbers, torch.ones_like(numbers))
     areas[:, 0] = 0  # label 0 is the ground

@@ -1,4 +1,4 @@
-"""Makes the checkpoint `tiny-turbo`, SD3.5-Large-Turbo in small: `python -m weights.tiny.train_turbo --help`.
+"""Makes the checkpoint `tiny-turbo`, SD3.5-Large-Turbo in small: `python -m training.tiny_turbo --help`.
 
 Four steps without guidance. The teacher, `tiny-sd3`, paints captions in many steps with classifier-free guidance; the
 student starts as the teacher and learns the straight line between the noise levels of its own four steps (progressive
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from mmdit import MMDiT
+from sampler import sigmas
+from weights import BUNDLED, load_transformer
 
-from ..embedded import EMBEDDED
-from ..load import load_transformer
 from .data import Data
 from .export import export_sd3
 from .loop import batches, save_whole, train
@@ -35,11 +35,7 @@ SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world":
 
 def noise_levels(steps: int) -> Tensor:
     """σ of SD3's schedule at SHIFT: (steps + 1,). The last step but one ends at the least of 1000 levels, not at 0."""
-    def shifted(t: Tensor) -> Tensor:
-        return SHIFT * t / (1 + (SHIFT - 1) * t)
-    least = shifted(torch.tensor(0.001, dtype=torch.float64))
-    between = torch.lerp(torch.ones_like(least), least, torch.linspace(0, 1, steps, dtype=torch.float64))
-    return torch.cat([shifted(between), least.new_zeros(1)])
+    return sigmas(steps, shift=SHIFT, spacing="sd3")
 
 
 def captions_of(data: Data, chunk: int) -> list[str]:
@@ -78,7 +74,7 @@ def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Ten
 def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> None:
     """The student learns (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a step k drawn at random."""
     device = teacher.device
-    levels, pick = noise_levels(STEPS).to(device, torch.float32), batches(len(ways), 64, data.seed + 4)
+    levels, pick = noise_levels(STEPS).to(device), batches(len(ways), 64, data.seed + 4)
     captions = [caption for chunk in range(len(ways) // CHUNK) for caption in captions_of(data, chunk)]
     share = torch.ones(STEPS)
     share[-1] = 0.25  # the last step is a very short one
@@ -97,7 +93,7 @@ def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
-    parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-turbo (default: from the teacher)")
     parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=1100)

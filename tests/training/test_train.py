@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sampler import Pipeline
-from weights.tiny import train as script
-from weights.tiny.loop import batches, optimizers, train
+from training import tiny_sd3 as script
+from training.loop import batches, optimizers, train
 
 
 def small_run(folder, steps, stop_at=None):

@@ -1,4 +1,4 @@
-"""Makes the checkpoint `tiny-flux`, FLUX.1-dev in small: `python -m weights.tiny.train_flux --help`.
+"""Makes the checkpoint `tiny-flux`, FLUX.1-dev in small: `python -m training.tiny_flux --help`.
 
 Dual- and single-stream blocks, rotary positions, CLIP's pooled vector and T5's context; text encoders, autoencoder and
 tokenizers are those of `tiny-sd3`. As FLUX.1-dev once did, it learns to give in one pass, at a guidance that it is
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import MMDiT, MMDiTConfig
+from weights import BUNDLED, load_transformer
 
-from ..embedded import EMBEDDED
-from ..load import load_transformer
 from .data import LENGTH, Data, noised
 from .export import export_flux
 from .loop import batches, train
 from .teacher import FluxReader, Teacher
-from .train import start_at_zero
+from .tiny_sd3 import start_at_zero
 
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
@@ -76,7 +75,7 @@ def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, la
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
-    parser.add_argument("--teacher", type=Path, default=EMBEDDED["tiny-sd3"])
+    parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from the teacher's blocks)")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")

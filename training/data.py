@@ -9,10 +9,11 @@ from einops import rearrange
 from torch import Tensor
 
 from mmdit import Autoencoder
+from sampler.schedule import shifted
+from tiny.captions import describe
+from tiny.world import Scene, forget, render, sample_scene
 
-from .captions import describe
 from .loop import chunks, save_whole
-from .world import Scene, forget, render, sample_scene
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 2.0  # of the noise schedule in training
@@ -69,7 +70,6 @@ def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image x₀ (b, c, H, W). σ is the logistic function of a normal number (SD3 section 3.1), shifted by SHIFT.
     """
     noise = torch.randn(image.shape).to(image)
-    sigma = torch.randn(len(image)).sigmoid()
-    sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).to(image)
+    sigma = shifted(torch.randn(len(image)).sigmoid(), SHIFT).to(image)
     level = rearrange(sigma, "b -> b 1 1 1")
     return (1 - level) * image + level * noise, sigma, noise - image

@@ -1,0 +1,1 @@
+"""How the bundled checkpoints were trained: a script each, and what the scripts share."""
