@@ -1,4 +1,4 @@
-"""The porting kit: every tensor of a run, for those who port it, and the checker that finds their first deviation."""
+"""The porting kit: the tensors of a run, and the checker that finds where a port first deviates from them."""
 
 from .check import compare, report
 from .kit import Kit, write

@@ -11,8 +11,8 @@ from .check import compare, report
 from .kit import Kit, write
 
 DESCRIPTION = """\
-Everything that this program computes on the way from a prompt to pictures, as a kit for those who port it to another
-language or library: write makes one, check compares a port's tensors with it and says where they first deviate."""
+Reference tensors for a port of this program to another language or library: write records a run from prompt to
+pictures as a kit, check compares a port's tensors with it and reports the first deviation."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,10 +23,10 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument("out", type=Path, help="folder for them")
     w.add_argument("--model", default="tiny-sd3", metavar="PATH", help="as of python -m sampler (default: %(default)s)")
     w.add_argument("--prompt", default="a circle", help="(default: %(default)s)")
-    w.add_argument("--images", type=int, default=2, help="samples that repel each other (default: %(default)s)")
+    w.add_argument("--images", type=int, default=2, help="samples, which repel each other (default: %(default)s)")
     w.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     w.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    c = commands.add_parser("check", help="compare a port's tensors; exit code 0: all pass, 1: not, 2: a wrong call")
+    c = commands.add_parser("check", help="compare a port's tensors; exit code 0: all pass, 1: some deviate, 2: error")
     c.add_argument("kit", type=Path, help="the folder of a kit")
     c.add_argument("theirs", type=Path, help="a .safetensors or .npz file with any of the kit's tensors by name")
     return p
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     rows = compare(kit, theirs)
     print(report(rows))
     if unknown := [name for name in theirs if name not in kit.tensors]:
-        print(f"{len(unknown)} tensors of {args.theirs.name} are none of the kit's, such as {unknown[0]}")
+        print(f"{len(unknown)} tensors of {args.theirs.name} are not in the kit, such as {unknown[0]}")
     if any(row.passed is False for row in rows):
         sys.exit(1)
 

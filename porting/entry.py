@@ -1,4 +1,4 @@
-"""`Entry` and `Cause`: what a kit knows of one tensor."""
+"""`Entry` and `Cause`: the description of one tensor of a kit."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,9 +9,9 @@ Tensors = dict[str, Tensor]
 
 
 class Cause(NamedTuple):
-    """A mistake in words and, where its result tells it, what it makes of this tensor.
+    """A usual mistake in words and, where it can be recognized by its result, the tensor that it leads to.
 
-    `result` takes the kit's tensors by name, with the port's own as "theirs", and this tensor as the kit has it; all
+    `result` takes the kit's tensors by name, with the port's tensor as "theirs", and this tensor as the kit has it, all
     in float64.
     """
 
@@ -20,7 +20,7 @@ class Cause(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One tensor of a kit: its formula, the kit's tensors that it is computed from, and what usually goes wrong."""
+    """One tensor of a kit: its formula, the kit's tensors that it is computed from, and the usual mistakes."""
 
     name: str
     stage: str

@@ -1,8 +1,6 @@
-"""`write` and `Kit`: the folder that a port is compared with."""
+"""`write` and `Kit`: the folder of reference tensors that a port is compared with."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdit import MMDiT
+import mmdit.model
 from sampler import Pipeline
 from sampler.output import refuse_existing, whole_folder
 
@@ -21,13 +19,13 @@ from .recording import record
 from .run import Run
 from .stages import entries
 
-MARGIN = 10  # how much further from the kit than our own float32 run another one may be
-ROUNDING = 2.0**-23  # of float32; what rounds to the kit's very numbers in our run may not in another
+MARGIN = 10  # the tolerance, relative to the deviation of our own float32 run
+ROUNDING = 2.0**-23  # of float32; the least deviation assumed: what our run rounds as the kit, another may not
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit as it was read: the run, a dict for each tensor (see `write`), and the tensors."""
+    """A kit as read from its folder: the run, the manifest's row of each tensor (see `write`), and the tensors."""
 
     run: Run
     rows: list[dict[str, Any]]
@@ -35,7 +33,7 @@ class Kit:
 
     @classmethod
     def read(cls, folder: Path) -> "Kit":
-        """Raises FileNotFoundError or ValueError where `folder` holds no whole kit."""
+        """Raises FileNotFoundError or ValueError where `folder` holds no complete kit."""
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             run, rows = Run.from_json(manifest["run"]), manifest["tensors"]
@@ -55,11 +53,11 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str = "a circle", image
           overwrite: bool = False) -> list[dict[str, Any]]:
     """Write a kit: kit.safetensors, manifest.json and PORTING.md, all of them or none; returns the manifest's rows.
 
-    The numbers are those of a run in float64, rounded to float32 once (what the program itself computes in float64,
-    such as the kernel, stays so). `measured` is how far this program's own run in float32 is from them, and the
-    `tolerance` MARGIN times that, and MARGIN roundings at least. On tiny-sd3 other orders of the same sums (one term
-    after the other, the textbook's attention, two threads) gave at most 2 times what is measured, a port to numpy 4.
-    Raises FileExistsError where the folder exists, ValueError for a run that cannot be made.
+    The tensors are those of a run in float64, rounded to float32 once (what the program itself computes in float64,
+    such as the kernel, stays float64). `measured` is the deviation of this program's own run in float32, and the
+    `tolerance` is MARGIN times that, and at least MARGIN roundings. On tiny-sd3 other orders of the same sums (one term
+    after the other, unfused attention, two threads) gave at most 2 times the measured deviation, a port to numpy 4.
+    Raises FileExistsError where the folder exists, ValueError for a call that the pipeline refuses.
     """
     refuse_existing(folder, overwrite)  # before anything is computed
     exact, run = run_in(torch.float64, model, prompt, images, steps)
@@ -84,31 +82,22 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str = "a circle", image
 
 def run_in(dtype: torch.dtype, model: str, prompt: str, images: int,
            steps: int | None) -> tuple[dict[str, Tensor], Run]:
-    """The tensors of a run whose networks compute in `dtype`, and whose blocks stay in memory as they are stored."""
+    """The tensors of a run whose networks compute in `dtype`; blocks are converted one at a time.
+
+    The model computes timestep features in float32 whatever its dtype. Where `dtype` is float64, this would be the
+    largest rounding error of all (3e-5 in cosines of angles up to 1000), so they are then computed in float64.
+    """
     pipeline = Pipeline.load(model, dtype=dtype, device="cpu", offload="blocks")
-    run = Run.of(pipeline, model, prompt, images, steps)
-    with exact_features(pipeline.transformer, dtype == torch.float64):
-        return record(pipeline, run), run
-
-
-@contextmanager
-def exact_features(model: MMDiT, on: bool) -> Iterator[None]:
-    """Timestep features in float64, which the model computes in float32 whatever its dtype: of angles up to 1000 the
-    cosines are off by 3e-5, the largest rounding of all."""
-    levels: dict[str, Tensor] = {}
-    layers = {name: layer for name in ("time_in", "guidance_in") if on and (layer := getattr(model, name)) is not None}
-    hooks = [model.register_forward_pre_hook(lambda _, args: levels.update(time_in=args[1], guidance_in=args[4]))]
-    hooks += [layer.register_forward_pre_hook(lambda _, args, name=name: features(levels[name]))
-              for name, layer in layers.items()]
+    run, own = Run.of(pipeline, model, prompt, images, steps), mmdit.model.timestep_features
+    mmdit.model.timestep_features = features if dtype == torch.float64 else own
     try:
-        yield
+        return record(pipeline, run), run
     finally:
-        for hook in hooks:
-            hook.remove()
+        mmdit.model.timestep_features = own
 
 
 def deviation(found: Tensor, wanted: Tensor) -> float:
-    """How far apart two tensors of one shape are: the norm of their difference relative to that of the second; for
-    whole numbers its root mean square."""
+    """The norm of the difference of two tensors relative to the norm of the second; for whole numbers the root mean
+    square of the difference."""
     scale = wanted.double().norm() if wanted.is_floating_point() else wanted.numel() ** 0.5
     return ((found.double() - wanted.double()).norm() / max(scale, 1e-300)).item()

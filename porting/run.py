@@ -1,4 +1,4 @@
-"""`Run`: what a kit was made of, and what a pipeline is asked for to make it."""
+"""`Run`: the call of a pipeline that a kit records."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +29,13 @@ class Run:
     @classmethod
     def of(cls, pipeline: Pipeline, model: str, prompt: str, images: int = 2, steps: int | None = None,
            seed: int = 0) -> "Run":
-        """The call that the checkpoint's defaults make; with repulsion of diversity 0.3 where they have none.
+        """The call with the checkpoint's defaults; with repulsion of strength 1 where they have none.
 
-        Raises ValueError for a call in which no sample would be repelled.
+        Raises ValueError for a call without repulsion: too few images or steps.
         """
         defaults, text = pipeline.defaults, pipeline.text
         steps = defaults.steps if steps is None else steps
-        repulsion = defaults.repulsion or Repulsion(diversity=0.3)
+        repulsion = defaults.repulsion or Repulsion(strength=1.0)
         if images < 2:
             raise ValueError(f"a kit needs at least 2 images, which repel each other, got {images}")
         if steps <= repulsion.start:
@@ -49,7 +49,7 @@ class Run:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Run":
-        """What `asdict` and JSON have made of a run."""
+        """The inverse of `asdict` and JSON."""
         kinds = {"transformer": MMDiTConfig, "autoencoder": AutoencoderConfig, "repulsion": Repulsion}
 
         def made(value: Any, kind: Any = None) -> Any:
@@ -61,16 +61,16 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The step whose inside is in the kit: the first that repels."""
+        """The step whose transformer pass is in the kit: the first that repels."""
         return self.repulsion.start
 
     def pushes(self, i: int) -> bool:
-        """Whether the context that dual-stream block `i` returns is repelled."""
+        """Whether the attention of dual-stream block `i` pushes its context output."""
         config = self.transformer
         ends = config.context_ends_early and i == config.num_dual_blocks - 1
         return not ends and self.repulsion.acts_in(i, config.num_blocks)
 
     @property
     def pushed_block(self) -> int | None:
-        """The first of these blocks, whose push is in the kit in every detail; None: there is none."""
+        """The first of these blocks, for whose push the kit holds all intermediate tensors; None: there is none."""
         return next(filter(self.pushes, range(self.transformer.num_dual_blocks)), None)
