@@ -84,7 +84,7 @@ class Repulsion:
         first = None if num_context is None or self.single_stream_tokens == "all" else num_context
         if not self.acts_in(block, num_blocks) or (num_context is not None and self.single_stream_tokens == "none"):
             return None
-        push = partial(repel, scale=self.scale, iterations=self.iterations, strength=self.strength,
+        function = torch.compiler.disable(repel) if torch.compiler.is_compiling() else repel
+        return partial(function, scale=self.scale, iterations=self.iterations, strength=self.strength,
                        objective=self.objective, kernel_reg=self.kernel_reg, solver=self.solver, groups=groups,
                        last_group=self.branches == "conditional", first=first)
-        return torch.compiler.disable(push) if torch.compiler.is_compiling() else push

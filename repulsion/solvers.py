@@ -67,18 +67,19 @@ def ascend_autograd(vectors: Tensor, strength: float | None, scale: float | None
     Gram solver with. In float32 the displacement of real tokens is off by about 2e-3: their kernel is close to all
     ones, and H depends on the difference.
     """
-    c, norm = vectors.detach(), vectors.detach().flatten(1).norm(dim=1)
+    c, norm = vectors, vectors.flatten(1).norm(dim=1)
     for _ in range(iterations):
         c = c.clone().requires_grad_()
         if objective == "spread":
             value = (c - c.mean(1, keepdim=True)).square().sum() / 2
         else:
-            value = OBJECTIVES[objective][0](density_matrix(cosine_kernel(c), torch.eye(c.shape[1]).to(c), reg)).sum()
+            density = density_matrix(cosine_kernel(c), c.new_tensor(np.eye(c.shape[1])), reg)
+            value = OBJECTIVES[objective][0](density).sum()
         (gradient,) = torch.autograd.grad(value, c)
         length = (scale or 0) / iterations
         if strength is not None:
             moved = gradient.flatten(1).norm(dim=1)
-            least = 1e-12 * (norm if objective == "spread" else 1 / norm)  # below it the gradient is rounding error
+            least = 1e-9 * (norm if objective == "spread" else 1 / norm)  # below it the gradient is rounding error
             length = (strength / iterations * norm / torch.where(moved > least, moved, torch.inf))[:, None, None]
         c = (c + length * gradient).detach()
     return c

@@ -1,44 +1,26 @@
-"""`Repulsion`: its checks, the paper's settings, and which block and which tokens it reaches."""
+"""`Repulsion`: its checks, and which tokens of which block its push reaches."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from repulsion import PRESETS, Repulsion, repel
-
-
-def test_presets_are_the_settings_table_of_the_paper():
-    table = {  # M, τ, and the range of η
-        "flux1-dev": (50, 1, 5e6, 8e9), "flux1-kontext-dev": (50, 1, 5e6, 8e9),
-        "sd3.5-large": (100, 4, 5e2, 5e6), "sd3.5-large-turbo": (100, 1, 1e5, 1e7),
-    }
-    assert PRESETS.keys() == table.keys()
-    for name, (iterations, steps, low, high) in table.items():
-        preset = Repulsion.preset(name)
-        assert (preset.iterations, preset.steps) == (iterations, steps)
-        assert low <= preset.scale <= high
-        assert (preset.tokens, preset.single_stream_tokens, preset.blocks) == ("context", "all", "all")
+from repulsion import Repulsion, repel
 
 
 def test_settings_cannot_be_changed_in_passing():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Repulsion(1.0).scale = 2.0
+        Repulsion(1.0).strength = 2.0
 
 
 @pytest.mark.parametrize("field,value", [
     ("scale", -1.0), ("iterations", 0), ("steps", -1), ("start", -1), ("blocks", "some"), ("blocks", (-1,)),
-    ("tokens", "all"), ("single_stream_tokens", "image"), ("site", "mlp"), ("branches", "both"),
-    ("objective", "x"), ("kernel_reg", -1.0), ("solver", "x"),
+    ("single_stream_tokens", "image"), ("branches", "both"), ("objective", "x"), ("kernel_reg", -1.0), ("solver", "x"),
+    ("strength", 1.0), ("steps", 1.5),
 ])  # fmt: skip
 def test_every_bad_field_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         Repulsion(**{"scale": 1.0, field: value})
-
-
-def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="flux1-dev"):
-        Repulsion.preset("sdxl")
 
 
 @pytest.mark.parametrize("total", [8, 24, 38, 57])
@@ -62,34 +44,42 @@ def batch(n):
     return torch.randn(1, n, 8, dtype=torch.float64) + 0.1 * torch.randn(4, n, 8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("tokens", ["context", "image"])
-@pytest.mark.parametrize("site", ["attention", "block"])
-def test_streams_repels_the_named_half_at_the_named_site(tokens, site):
-    repulsion = Repulsion(5.0, iterations=4, tokens=tokens, site=site)
-    context, image = batch(3), batch(5)
-    for here in ("attention", "block"):
-        moved = repulsion.streams(here, context, image, groups=1)
-        expected = [repel(x, 5.0, 4) if here == site and name == tokens else x
-                    for name, x in (("context", context), ("image", image))]
-        assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True))
+def test_a_dual_stream_block_pushes_its_context():
+    context = batch(3)
+    push = Repulsion(scale=5.0, iterations=4).bind(0, 4, groups=2)
+    assert torch.equal(push(context), repel(context, 5.0, 4, groups=2))
 
 
-def test_a_context_that_has_ended_is_left_alone():
-    image = batch(5)
-    context, same = Repulsion(5.0).streams("attention", None, image, groups=1)
-    assert context is None and same is image
+@pytest.mark.parametrize("blocks,acting", [("all", (0, 1, 2, 3)), ("first", (0, 1)), ((1, 3), (1, 3)), ((), ())])
+def test_blocks_that_do_not_repel_have_no_push(blocks, acting):
+    pushes = [Repulsion(1.0, blocks=blocks).bind(i, 4) for i in range(4)]
+    assert tuple(i for i, push in enumerate(pushes) if push) == acting
 
 
-@pytest.mark.parametrize("settings,part", [
-    ({}, slice(0, None)), ({"single_stream_tokens": "context"}, slice(0, 3)),
-    ({"single_stream_tokens": "none"}, slice(0, 0)), ({"tokens": "image"}, slice(3, None)),
-])  # fmt: skip
-def test_sequence_repels_its_part_of_a_single_stream_block(settings, part):
+def test_the_conditional_branch_is_the_last_group():
+    context = batch(3)
+    moved = Repulsion(1.0, branches="conditional").bind(0, 4, groups=2)(context)
+    assert torch.equal(moved[:2], context[:2])
+    assert torch.equal(moved[2:], repel(context[2:], None, 1, strength=1.0))
+
+
+@pytest.mark.parametrize("tokens,part", [("all", slice(0, None)), ("context", slice(0, 3))])
+def test_a_single_stream_block_pushes_its_part_of_the_sequence(tokens, part):
     joint = batch(8)
     original = joint.clone()
-    moved = Repulsion(5.0, iterations=4, **settings).sequence("attention", joint, num_context=3, groups=2)
+    moved = Repulsion(scale=5.0, iterations=4, single_stream_tokens=tokens).bind(0, 4, 2, num_context=3)(joint)
     expected = joint.clone()
-    if part != slice(0, 0):
-        expected[:, part] = repel(joint[:, part], 5.0, 4, groups=2)
+    expected[:, part] = repel(joint[:, part], 5.0, 4, groups=2)
     assert torch.equal(moved, expected)
     assert torch.equal(joint, original)
+
+
+def test_single_stream_blocks_can_be_left_out():
+    repulsion = Repulsion(1.0, single_stream_tokens="none")
+    assert repulsion.bind(0, 4, num_context=3) is None and repulsion.bind(0, 4) is not None
+
+
+@pytest.mark.parametrize("gone", ["diversity", "site", "tokens"])
+def test_settings_of_earlier_versions_are_refused_by_name(gone):
+    with pytest.raises(TypeError, match=gone):
+        Repulsion(1.0, **{gone: "x"})

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from repulsion import repel, vendi_score
-from repulsion.objectives import OBJECTIVES, density_matrix
-from repulsion.solvers import ascend_autograd, gram_matrix, mixing_matrix
+from repulsion.objectives import NAMES, OBJECTIVES, density_matrix
+from repulsion.repel import gram_matrix
+from repulsion.solvers import ascend_autograd, mixing_matrix
 
 REG = 1e-4
 
@@ -24,7 +25,7 @@ def relative(found, expected, start):
 
 
 def entropy_gradient_by_hand(c):
-    """∂H/∂c_i of Eq. 3 and 4 from eigenpairs, vectors (B, D): the derivation in the docstring of `mixing_matrix`."""
+    """∂H/∂c_i of Eq. 3 and 4 from eigenpairs, vectors (B, D): the derivation in the docstring of `gradient_matrix`."""
     b = len(c)
     r = 1 / c.norm(dim=1)
     cosines = (c @ c.T) * r[:, None] * r[None, :]
@@ -49,13 +50,29 @@ def test_one_step_follows_the_gradient_written_by_hand(solver):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("scale", [0.1, 10.0, 1e3])
-def test_gram_space_ends_where_the_loop_over_the_tokens_ends(objective, scale):
-    tokens = alike()
-    expected = repel(tokens, scale, 30, objective=objective, solver="autograd")
-    found = repel(tokens, scale, 30, objective=objective, solver="gram")
+def test_the_derivative_of_each_objective_is_that_of_its_value(objective):
+    f, derivative = OBJECTIVES[objective]
+    kernel = torch.nn.functional.normalize(alike(spread=0.5).flatten(1), dim=1)
+    density = density_matrix(kernel @ kernel.T, torch.eye(4).double(), REG)[None].requires_grad_()
+    (expected,) = torch.autograd.grad(f(density).sum(), density)
+    found = torch.from_numpy(derivative(density.detach().numpy()))
+    off_diagonal = 1 - torch.eye(4)  # K_ii is 1 whatever the samples are: what the derivative has there is not used
+    assert ((found - (expected + expected.mT) / 2) * off_diagonal).norm() < 1e-12 * expected.norm()
+
+
+LENGTHS = [{"scale": 0.1}, {"scale": 10.0}, {"scale": 1e3}, {"strength": 0.1}, {"strength": 1.0}, {"strength": 4.0}]
+
+
+@pytest.mark.parametrize("objective", NAMES)
+@pytest.mark.parametrize("length", LENGTHS, ids=str)
+def test_gram_space_ends_where_the_loop_over_the_tokens_ends(objective, length):
+    if objective == "spread" and length.get("scale", 0) > 1:
+        length = {"scale": length["scale"] / 1e3}  # of c − mean c itself, whose factor grows to (1 + η / M)^M
+    tokens, length = alike(), {"scale": None} | length
+    expected = repel(tokens, iterations=30, objective=objective, solver="autograd", **length)
+    found = repel(tokens, iterations=30, objective=objective, solver="gram", **length)
     # float64 on both sides; the kernel's small eigenvalues keep about 12 digits, 30 steps may add up
-    assert relative(found, expected, tokens) < 1e-9
+    assert relative(found, expected, tokens) < 1e-10
 
 
 def test_gram_solver_at_flux_size_is_exact_to_1e_5_for_float32_tokens():
@@ -63,7 +80,7 @@ def test_gram_solver_at_flux_size_is_exact_to_1e_5_for_float32_tokens():
     tokens = torch.randn(1, 512, 3072) + 0.03 * torch.randn(4, 512, 3072)
     found = repel(tokens, 1e6, 50).double()  # moves the tokens by 14 % of their length
     wide = tokens.flatten(1)[None].double()
-    expected = ascend_autograd(wide, 1e6, 50, OBJECTIVES["vendi"], REG)[0].view_as(tokens)
+    expected = ascend_autograd(wide, None, 1e6, 50, "vendi", REG)[0].view_as(tokens)
     # what is left is rounding the result to float32 once: 6e-8 / sqrt(12) of the tokens, over 0.14
     assert relative(found, expected, tokens) < 1e-6
 
@@ -85,7 +102,7 @@ def test_every_objective_rises_and_so_does_the_vendi_score(objective):
     def value(t):
         vectors = t.flatten(1)
         unit = vectors / vectors.norm(dim=1, keepdim=True)
-        return OBJECTIVES[objective](density_matrix(unit @ unit.T, REG)).item()
+        return OBJECTIVES[objective][0](density_matrix(unit @ unit.T, torch.eye(4).double(), REG)).item()
 
     assert value(repelled) > value(tokens)
     assert vendi_score(repelled.flatten(1)) > vendi_score(tokens.flatten(1))
@@ -93,11 +110,12 @@ def test_every_objective_rises_and_so_does_the_vendi_score(objective):
 
 def test_objectives_have_their_closed_forms():
     b = 3
-    mixed, pure = torch.eye(b).double() / b, density_matrix(torch.ones(b, b).double(), 1e-12)
+    identity = torch.eye(b).double()
+    mixed, pure = identity / b, density_matrix(torch.ones(b, b).double(), identity, 1e-12)
     for name, most, least in (("vendi", math.log(b), 0), ("rke", math.log(b), 0), ("cosine", 0, -1)):
-        assert OBJECTIVES[name](mixed).item() == pytest.approx(most, abs=1e-10)
-        assert OBJECTIVES[name](pure).item() == pytest.approx(least, abs=1e-9)
-    assert OBJECTIVES["dpp"](mixed).item() == pytest.approx(-b * math.log(b), rel=1e-12)
+        assert OBJECTIVES[name][0](mixed).item() == pytest.approx(most, abs=1e-10)
+        assert OBJECTIVES[name][0](pure).item() == pytest.approx(least, abs=1e-9)
+    assert OBJECTIVES["dpp"][0](mixed).item() == pytest.approx(-b * math.log(b), rel=1e-12)
 
 
 @pytest.mark.parametrize("solver", ["gram", "autograd"])
@@ -140,7 +158,7 @@ def test_twins_move_alike(solver):
 
 
 @pytest.mark.parametrize("solver", ["gram", "autograd"])
-def test_zero_vector_stays_and_pushes_nobody(solver):
+def test_zero_vector_stays_and_repels_no_sample(solver):
     tokens = alike(b=4)
     tokens[1] = 0
     repelled = repel(tokens, 20.0, 10, solver=solver)
@@ -171,25 +189,29 @@ def test_works_and_leaves_no_graph_under_every_autograd_mode():
 
 def test_long_tokens_are_summed_in_chunks():
     torch.manual_seed(0)
-    vectors = torch.randn(2, 3, (1 << 18) + 17)
-    wide = vectors.double()
-    torch.testing.assert_close(gram_matrix(vectors), wide @ wide.mT, rtol=1e-12, atol=1e-6)
+    tokens = torch.randn(2, 3, 101, 1 << 12)  # more than the chunk of 65,536 numbers, no multiple of it
+    wide = tokens.flatten(2).double()
+    torch.testing.assert_close(torch.from_numpy(gram_matrix(tokens)), wide @ wide.mT, rtol=1e-12, atol=1e-6)
 
 
-def test_mixing_starts_at_zero_and_keeps_the_batch_apart_from_the_scale():
-    gram = gram_matrix(alike().flatten(1)[None])
-    assert (mixing_matrix(gram, 0.0, 5, OBJECTIVES["vendi"], REG) == 0).all()
+def test_mixing_starts_at_zero():
+    gram = gram_matrix(alike()[None])
+    for strength, scale in ((None, 0.0), (0.0, None)):
+        assert (mixing_matrix(gram, strength, scale, 5, "vendi", REG)[0] == 0).all()
 
 
 @pytest.mark.parametrize("change,message", [
     ({"scale": -1.0}, "scale must be a finite number, 0 or more, got -1.0"),
     ({"scale": math.inf}, "scale must be a finite number"),
     ({"scale": math.nan}, "scale must be a finite number"),
+    ({"strength": 1.0}, "needs a strength or a scale, not both"), ({"scale": None}, "needs a strength or a scale"),
+    ({"scale": None, "strength": -0.5}, "strength must be a finite number, 0 or more, got -0.5"),
+    ({"scale": None, "strength": math.nan}, "strength must be a finite number"),
     ({"iterations": 0}, "iterations must be at least 1"),
-    ({"objective": "entropy"}, "unknown objective 'entropy': choose one of vendi, dpp, rke, cosine"),
-    ({"solver": "newton"}, "unknown solver 'newton': choose one of gram, autograd"),
+    ({"objective": "entropy"}, "objective must be one of vendi, dpp, rke, cosine, spread, got 'entropy'"),
+    ({"solver": "newton"}, "solver must be one of gram, autograd, got 'newton'"),
     ({"kernel_reg": 0.0}, "kernel_reg must be"),
-    ({"groups": 3}, r"tokens must be \(groups · B, N, D\) with groups = 3, got \(4, 6, 32\)"),
+    ({"groups": 3}, r"tokens must be \(groups · B, N, D\), floating point, with groups = 3, got \(4, 6, 32\)"),
 ])  # fmt: skip
 def test_bad_settings_are_named(change, message):
     settings = {"scale": 1.0, "iterations": 5} | change
@@ -204,6 +226,11 @@ def test_non_finite_tokens_are_refused(bad, solver):
     tokens[1, 2, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
         repel(tokens, 1.0, 5, solver=solver)
+
+
+def test_no_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"tokens must be \(groups · B, N, D\).*got \(4, 0, 32\)"):
+        repel(alike()[:, :0], 1.0, 5)
 
 
 def test_integer_tokens_are_refused():
