@@ -17,8 +17,8 @@ from torch.nn import functional as F
 class AutoencoderConfig:
     """The sizes of an autoencoder and the normalization of its latents; the defaults are FLUX's.
 
-    SD3's are the same sizes with `scaling=1.5305, shift=0.0609`. Each entry of `channels` is one resolution, from the
-    image's own to the latent's, each half the one before. Raises ValueError where `norm_groups` does not divide them.
+    SD3's are the same sizes with `scaling=1.5305, shift=0.0609`. `channels` has the width at each resolution, from the
+    image's to the latent's, each half the one before. Raises ValueError where `norm_groups` does not divide them.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -36,12 +36,12 @@ class AutoencoderConfig:
 
     @property
     def downscale(self) -> int:
-        """How many pixels of the image's side make one of the latent's: 8 for the public checkpoints."""
+        """Pixels of the image's side per position of the latent's: 8 for the public checkpoints."""
         return 2 ** (len(self.channels) - 1)
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU, 3x3 convolution, beside a shortcut; (b, c_in, y, x) -> (b, c_out, y, x)."""
+    """Twice norm, SiLU, 3x3 convolution, added to a shortcut; (b, c_in, y, x) -> (b, c_out, y, x)."""
 
     def __init__(self, c_in: int, c_out: int, norm_groups: int):
         super().__init__()
@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """One head of self-attention over all positions, added to its input; (b, c, y, x) -> the same."""
+    """Single-head self-attention over all positions, added to its input; (b, c, y, x) -> the same."""
 
     def __init__(self, width: int, norm_groups: int):
         super().__init__()
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images to normalized latents and back; the image model sees nothing but these latents."""
+    """Images to normalized latents and back; the transformer works on these latents."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

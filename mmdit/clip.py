@@ -42,12 +42,12 @@ class ClipConfig:
 
 
 class ClipOutput(NamedTuple):
-    """What the conditioning of the image model takes from CLIP."""
+    """The outputs of CLIP that condition the image model."""
 
     last: Tensor  # (b, n, d): the last layer's states, after the final norm
     penultimate: Tensor  # (b, n, d): the states that enter the last layer, no final norm
     unprojected: Tensor  # (b, d): `last` at the first end token
-    pooled: Tensor  # (b, projection_dim or d): that, projected where CLIP has a projection
+    pooled: Tensor  # (b, projection_dim or d): `unprojected` after CLIP's projection, if it has one
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class ClipAttention(nn.Module):
-    """Causal self-attention, (b, n, d) -> (b, n, d): a token sees itself and those before it."""
+    """Causal self-attention, (b, n, d) -> (b, n, d): a token attends to itself and to earlier tokens."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -102,7 +102,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipTextEncoder(nn.Module):
-    """CLIP's text half: token ids -> `ClipOutput`.
+    """CLIP's text encoder: token ids -> `ClipOutput`.
 
     SD3 takes `penultimate` and `pooled` of CLIP-L and CLIP-G, FLUX takes `unprojected` of CLIP-L alone.
     """
@@ -131,7 +131,7 @@ class ClipTextEncoder(nn.Module):
             penultimate, x = x, layer(x)
         last = self.final_norm(x)
 
-        # CLIP-L pads with the end token too, so the end of the text is the first of them.
+        # CLIP-L pads with the end token too, so the first of them ends the text.
         first_end = (ids == self.config.end_token).int().argmax(dim=1)
         unprojected = last[torch.arange(len(ids), device=ids.device), first_end]
         pooled = unprojected if self.config.projection_dim is None else self.projection(unprojected)

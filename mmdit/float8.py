@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay float8 in memory and are widened for as long as they run."""
+"""Linear layers that keep their weights in float8 and convert them to a wider dtype for each call."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from .layers import Modulation
 
 
 class Float8Linear(nn.Linear):
-    """What `nn.Linear` computes, (…, inputs) → (…, outputs), in the dtype of its input, from half the memory.
+    """`nn.Linear` with float8 weights, (…, inputs) → (…, outputs), computed in the dtype of its input.
 
-    weight (outputs, inputs) in float8 (e4m3fn or e5m2); scale, where there is one, () or (outputs, 1) float32, is
-    multiplied in after widening, as in scaled float8 files. Made on the meta device, to be filled.
+    weight (outputs, inputs) in float8 (e4m3fn or e5m2); a scale, (outputs, 1) float32, is multiplied in after
+    the conversion, as in scaled float8 files. Created on the meta device, to be filled.
     """
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, scaled: bool = False):
@@ -23,12 +23,12 @@ class Float8Linear(nn.Linear):
         return F.linear(x, self.widened(x.dtype), self.bias)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
-        """The weights in `dtype`: the very numbers that widening them while loading gives."""
+        """The weights in `dtype`, equal to those of a model that is loaded in `dtype`."""
         return self.weight.to(dtype) if self.scale is None else (self.weight.float() * self.scale).to(dtype)
 
 
 class Float8Modulation(Modulation, Float8Linear):
-    """What `Modulation` computes, with `Float8Linear` for the linear layer that it is."""
+    """`Modulation` with float8 weights."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, scaled: bool = False):
         Float8Linear.__init__(self, inputs, outputs, dtype, bias, scaled)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 class T5Config:
     """The sizes of a T5 encoder; the defaults are T5-XXL's (4.8 billion parameters).
 
-    Heads need not fill the width: attention works on `num_heads * head_dim`. Raises ValueError for an odd number of
-    relative buckets, half of which serve each direction, or a maximal distance inside the exact buckets.
+    Attention is `num_heads * head_dim` wide, which may differ from `hidden_size`. Raises ValueError where the number of
+    relative buckets is not a multiple of 4, or the maximal distance lies within the exact buckets.
     """
 
     vocab_size: int = 32128
@@ -55,7 +55,7 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h k) -> three b h n k", three=3, h=self.num_heads)
-        # T5 does not divide by sqrt(k): its initialization made up for that.
+        # T5 does not divide by sqrt(k): its initialization includes that factor.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.out(rearrange(x, "b h n k -> b n (h k)"))
 
@@ -89,7 +89,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5's encoder half: token ids (b, n) -> context (b, n, d).
+    """T5's encoder: token ids (b, n) -> context (b, n, d).
 
     Padding is not masked: the image models were trained on the states of all n tokens.
     """
@@ -116,7 +116,7 @@ class T5Encoder(nn.Module):
         return self.final_norm(x)
 
     def position_bias(self, length: int) -> Tensor:
-        """What every layer adds to its attention scores, (1, h, n, n), from the distance of key and query alone."""
+        """The bias that every layer adds to its attention scores, (1, h, n, n); it depends on key - query alone."""
         position = torch.arange(length, device=self.relative_bias.weight.device)
         distance = rearrange(position, "key -> 1 key") - rearrange(position, "query -> query 1")
         bucket = relative_bucket(distance, self.config.relative_buckets, self.config.relative_max_distance)
@@ -145,7 +145,7 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor
     half = buckets // 2
     exact = half // 2
     far = distance.abs()
-    # In float32, as T5 was trained: at a bucket's edge the rounding decides.
+    # In float32, as T5 was trained: the rounding decides at the edge of a bucket.
     growth = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     logarithmic = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(far < exact, far, logarithmic) + half * (distance > 0)

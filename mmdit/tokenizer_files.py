@@ -1,4 +1,4 @@
-"""Reading tokenizers' files: CLIP's vocabulary and merges, T5's pieces, and what is said about special tokens."""
+"""Reading tokenizers' files: CLIP's vocabulary and merges, T5's pieces, and the settings for special tokens."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 class Settings:
-    """What the files say of the special tokens and of the default length.
+    """The special tokens and the default length that the files set.
 
     `tokenizer_config.json` and `special_tokens_map.json` in `folder` come first, then `stated`, the contents of
     tokenizer.json. As in transformers: a config that lists the added tokens needs neither of the other two; the map
@@ -31,15 +31,15 @@ class Settings:
         config, names = (read_json(folder / name) if (folder / name).exists() else {}
                          for name in ("tokenizer_config.json", "special_tokens_map.json"))
         whole = "added_tokens_decoder" in config
-        # Its "truncation" is left out: it is the length of the last call before the file was written.
-        self.said = {"pad_token": (stated.get("padding") or {}).get("pad_token")}
-        self.said |= {k: value for k, value in (config if whole else config | names).items() if value is not None}
+        # Its "truncation" is ignored: it is the length of the last call before the file was written.
+        self.values = {"pad_token": (stated.get("padding") or {}).get("pad_token")}
+        self.values |= {k: value for k, value in (config if whole else config | names).items() if value is not None}
         listed = config["added_tokens_decoder"].values() if whole else stated.get("added_tokens", [])
         self.listed = [self._added(token) for token in listed]
 
     def number(self, key: str, fallback: int) -> int:
-        """A number of the settings, as it stands; the fallback where there is none, or 1e30, "no limit"."""
-        value = self.said.get(key)
+        """A number of the settings; the fallback where it is missing, or 1e30, which means "no limit"."""
+        value = self.values.get(key)
         value = fallback if value is None else value
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{self.folder}: {key} is {value!r}, expected a whole number: download the files again")
@@ -47,12 +47,12 @@ class Settings:
 
     def name(self, role: str, fallback: str) -> str:
         """The token of a role, such as "pad"."""
-        return self._added(self.said.get(f"{role}_token") or fallback).content
+        return self._added(self.values.get(f"{role}_token") or fallback).content
 
     def added_tokens(self, names: list[str]) -> list[AddedToken]:
-        """The tokens that are recognized in a prompt's text: these, and those that the files list, on their terms."""
-        more = self.said.get("extra_special_tokens") or self.said.get("additional_special_tokens") or []
-        roles = [self.said.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")]
+        """The tokens that are recognized in a prompt's text: these, and those that the files list, with their flags."""
+        more = self.values.get("extra_special_tokens") or self.values.get("additional_special_tokens") or []
+        roles = [self.values.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")]
         found = [self._added(token) for token in [*more, *names, *filter(None, roles)]] + self.listed
         return list({token.content: token for token in found}.values())
 
@@ -85,9 +85,9 @@ def read_clip(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], Settin
 
 
 def read_t5(path: Path) -> tuple[list[tuple[str, float]], bytes, Settings]:
-    """T5's pieces with their log-probabilities, its table of equal characters, and the settings.
+    """T5's pieces with their log-probabilities, its normalization table, and the settings.
 
-    From a folder, where spiece.model goes before tokenizer.json, or from one of these files.
+    From a folder, where spiece.model takes precedence over tokenizer.json, or from one of these files.
     """
     spiece, whole = path / "spiece.model", path / "tokenizer.json"
     if path.suffix == ".json" or whole.exists() and not spiece.exists():
@@ -103,7 +103,7 @@ def read_t5(path: Path) -> tuple[list[tuple[str, float]], bytes, Settings]:
     require(file, T5_ADVICE)
     pieces, table = _read_spiece(file)
     settings = Settings(file.parent, {})
-    # T5 has ids beyond those of the model file, for the marks that its training put into texts.
+    # T5 has more ids than the model file: the sentinel tokens of its pre-training.
     extra = [f"<extra_id_{i}>" for i in reversed(range(settings.number("extra_ids", 100)))]
     settings.listed = [AddedToken(name, special=True) for name in extra] + settings.listed
     return pieces + [(name, 0.0) for name in extra], table, settings
@@ -127,7 +127,7 @@ def _read_tokenizer_json(file: Path, kind: type) -> Json:
 
 
 def _read_spiece(file: Path) -> tuple[list[tuple[str, float]], bytes]:
-    """A SentencePiece model's pieces with their log-probabilities, and its table of equal characters.
+    """A SentencePiece model's pieces with their log-probabilities, and its normalization table.
 
     Follows sentencepiece_model.proto: in the model, 1 is a piece and 3 the normalizer; in a piece, 1 is its text and 2
     its score; in the normalizer, 2 is the table.
@@ -146,7 +146,7 @@ def _read_spiece(file: Path) -> tuple[list[tuple[str, float]], bytes]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol-buffers message: number, and a whole number or the bytes of anything else."""
+    """The fields of a protocol-buffers message: field number, and an integer or the bytes of any other type."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -161,7 +161,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A whole number in groups of 7 bits, lowest first, and where it ends."""
+    """An integer in groups of 7 bits, lowest first, and the position after it."""
     value = shift = 0
     while message[at] > 127:
         value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .tokenizer_files import CLIP_ADVICE, END, START, T5_ADVICE, read_clip, read_t5
 
-# A word of CLIP: an English contraction's tail, a run of letters, one digit, or a run of anything else but space. The
-# special tokens' names in capitals, which lower case makes look like these, are cut out first, and then cut like text.
+# A word of CLIP: the suffix of an English contraction, a run of letters, one digit, or a run of other characters but
+# space. A special token's name in capitals, which lower-casing turns into the name, is one word, encoded like text.
 CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -20,8 +20,8 @@ class ClipTokenizer:
     """CLIP's tokenizer: lower-cased words, each a sequence of bytes merged pair by pair (BPE).
 
     `path` is a folder with `vocab.json` and `merges.txt`, or with `tokenizer.json` alone, or that last file itself.
-    The files beside it name the pad token (CLIP-L: the end token, which it is without them; CLIP-G: "!") and the
-    default length (77). A lone tokenizer.json that lists "!" as a token of its own is CLIP-G's.
+    The files beside it name the pad token (CLIP-L: the end token, also the default; CLIP-G: "!") and the default length
+    (77). A tokenizer.json without them that lists "!" as an added token is CLIP-G's.
 
     The ids are those of transformers, which recognizes special tokens in a prompt's text too: "<|endoftext|>" ends
     what CLIP pools, and to CLIP-G's tokenizer a "!" is padding.
@@ -47,7 +47,7 @@ class ClipTokenizer:
         self._ids = {role: vocabulary[name] for role, name in names.items()}
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
-        """Token ids (b, length), int64: start token, text, end token, padding; a longer text loses its tail.
+        """Token ids (b, length), int64: start token, text, end token, padding; longer text is truncated.
 
         Raises ValueError where prompts are not a list of strings, or the length leaves no room for start and end.
         """
@@ -90,9 +90,9 @@ class T5Tokenizer:
     `path` is a folder with `spiece.model`, or with `tokenizer.json` alone, or one of these files. The files beside it
     give the default length (512 without them).
 
-    The ids are those of transformers, which go beyond SentencePiece's: special tokens are recognized in a prompt's
-    text ("</s>"; "<extra_id_0>" to "<extra_id_99>"), every white space of Unicode parts words, and an accent given on
-    its own is lost where the letter before it is one that the model's table replaces.
+    The ids are those of transformers, which differ from SentencePiece's: special tokens are recognized in a prompt's
+    text ("</s>"; "<extra_id_0>" to "<extra_id_99>"), all Unicode white space separates words, and a combining accent is
+    dropped after a letter that the model's normalization table replaces.
 
     Raises FileNotFoundError for a missing file, ValueError for an unreadable one and for CLIP's.
     """
@@ -112,7 +112,7 @@ class T5Tokenizer:
         self._tokenizer.add_tokens(settings.added_tokens([*names.values(), "<unk>"]))
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
-        """Token ids (b, length), int64: text, end token, padding; a longer text loses its tail.
+        """Token ids (b, length), int64: text, end token, padding; longer text is truncated.
 
         Raises ValueError where prompts are not a list of strings, or the length leaves no room for the end token.
         """
@@ -150,7 +150,7 @@ class T5Tokenizer:
 
 
 def clip_model(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """CLIP's pipeline around a vocabulary (token to id) and its merges, first one first.
+    """CLIP's tokenizer model from a vocabulary (token to id) and its merges, in order.
 
     Normalized Unicode (NFC), single spaces, lower case; split into words; each byte a printable character, the last of
     a word marked `</w>`; then the merges.
@@ -169,10 +169,10 @@ def clip_model(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tok
 
 
 def t5_model(pieces: list[tuple[str, float]], table: bytes) -> Tokenizer:
-    """T5's pipeline around its pieces, with their log-probabilities, and SentencePiece's table of equal characters.
+    """T5's tokenizer model from its pieces, with their log-probabilities, and SentencePiece's normalization table.
 
     Characters replaced by the table (compatibility forms and composed letters: NFKC); split at white space, which
-    becomes "▁" before each word; then the most likely pieces. Piece 2 stands for the unknown.
+    becomes "▁" before each word; then the most likely pieces. Piece 2 is the unknown token.
     """
     tokenizer = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=False))
     if table:

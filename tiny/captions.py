@@ -1,4 +1,4 @@
-"""What is said of a scene of the tiny world: a scene as a caption, and a prompt as a (partial) scene."""
+"""Captions of the tiny world: from a scene to a caption, and from a prompt to a (partial) scene."""
 
 import random
 import re
@@ -17,9 +17,9 @@ WORDS = (  # every word that a caption can hold, the comma included
 
 
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
-    """Caption of everything that a (partial) scene says, in lower case and at most 22 words of WORDS.
+    """A caption with every specified attribute of a (partial) scene: lower case, at most 22 words of WORDS.
 
-    With `rng`, half of the pairs are told the other way round ("right of", "below"), which means the same.
+    With `rng`, half of the pairs are described in the reverse order ("right of", "below"), with the same meaning.
     """
     names = [article(" ".join(filter(None, (t.size, t.color, t.shape or "shape")))) for t in scene.things]
     if not names:
@@ -45,13 +45,13 @@ def article(noun: str) -> str:
 
 
 def parse(prompt: str) -> Scene:
-    """The partial scene that a prompt speaks of: the inverse of `describe`, lenient in case, articles and synonyms.
+    """The partial scene that a prompt describes: the inverse of `describe`, lenient in case, articles and synonyms.
 
-    Raises ValueError naming the first word the world does not know, or the phrase that makes no sense.
+    Raises ValueError naming the first unknown word, or the phrase that cannot be parsed.
     """
     words = re.findall(r"\w+|[^\w\s]", prompt.lower().strip().rstrip("."))
     if unknown := [word for word in words if word not in WORDS and word not in SYNONYMS]:
-        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; the tiny world knows: {' '.join(WORDS)}")
+        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; known words: {' '.join(WORDS)}")
     words = [SYNONYMS.get(word, word) for word in words]
     text = " ".join(word for word in words if word != "a")  # no article is left, and "at" and "in" became "on"
 
@@ -79,6 +79,6 @@ def parse_thing(phrase: str, prompt: str) -> Thing:
     """The thing that "small red circle" names; ValueError if the phrase is anything else."""
     pattern = rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)}|shape)"
     if not (found := re.fullmatch(pattern, phrase.strip())):
-        raise ValueError(f"cannot read {phrase!r} in {prompt!r}; say a thing as '[size] [color] shape'")
+        raise ValueError(f"cannot read {phrase!r} in {prompt!r}; write a thing as '[size] [color] shape'")
     size, color, shape = found.groups()
     return Thing(None if shape == "shape" else shape, color, size)

@@ -1,8 +1,8 @@
 """Reads a picture of the tiny world back into the scene it shows, without a network.
 
-Because every ground, texture, color and shape is known, a picture explains itself in four steps: which ground sheet
-lies behind it, which pixels are a blend of that sheet and an object color, which of these hang together, and which
-silhouette of the same area and centroid covers each component best. It works on fresh renders and on generated ones.
+Every ground, texture, color and shape is known, so a picture is analyzed in four steps: find the ground sheet that fits
+best, the pixels that are a blend of that sheet and an object color, their connected components, and for each component
+the shape whose silhouette of the same area and centroid overlaps it most. It works on renders and generated pictures.
 
 Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch.
 """
@@ -38,7 +38,7 @@ from .world import (
 )
 
 # Colors are in [0, 1] here. Object colors are at least 0.32 away from every shade of every ground.
-GROUND_REACH = 0.25  # a pixel further than this from a ground sheet says nothing about the ground
+GROUND_REACH = 0.25  # the distance from a ground sheet at which a pixel's error is capped
 GROUND_SHARE = 0.35  # at least this share of a picture must fit its ground sheet
 COLOR_REACH = 0.3  # a thing whose color is further than this from the palette has no known color
 SMALLEST = 25  # pixels; the smallest thing of the world (a small star of two) has 65
@@ -48,8 +48,8 @@ WORST_FIT = 0.7  # intersection over union below which a thing has no known shap
 def read(images: Tensor) -> list[Scene]:
     """What each picture shows, as a canonical complete scene (see `Scene`); (b, 3, h, w) in [-1, 1].
 
-    Anything can be read: no thing found is `things=()`, of more than three the largest three count, and an attribute
-    that cannot be told is None. Other sizes than 64 are resized first. Raises ValueError for any other tensor shape.
+    Any picture is accepted: without things, `things=()`; of more than three, the largest three count; an attribute that
+    cannot be determined is None. Other sizes than 64 are resized first. Raises ValueError for any other tensor shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width)")
@@ -70,9 +70,9 @@ def read_chunk(images: Tensor) -> list[Scene]:
 
 
 def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
-    """The things in pictures (b, 3, 64, 64) on their sheets, one after the other: rows, and of each
+    """The things in pictures (b, 3, 64, 64), given their ground sheets, as six lists with one item per thing.
 
-    the nearest color and how far it is, the best shape and its overlap, and its center x, center y and radius.
+    These are: row in the batch, nearest color, its distance, best shape, its overlap, (center x, center y, radius).
     """
     components = find_components(opacity(images, sheet) > 0.5)  # (b, s, 64, 64) bool
     rows, slots = components.any(dim=(2, 3)).nonzero(as_tuple=True)
@@ -93,7 +93,7 @@ def ground_sheets() -> Tensor:
 def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | None]]:
     """The best fitting ground sheet of each picture (b, 3, 64, 64), and its ground and texture.
 
-    The squared error of a pixel counts up to GROUND_REACH, so pixels of things cost the same under every sheet.
+    The squared error of a pixel counts up to GROUND_REACH, so pixels of things cost the same for every sheet.
     """
     cost = []
     for sheet in ground_sheets():
@@ -107,7 +107,7 @@ def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | No
 
 
 def opacity(images: Tensor, sheet: Tensor) -> Tensor:
-    """How much of an object color lies over the ground sheet at each pixel, (b, 64, 64) in [0, 1].
+    """The opacity of an object color over the ground sheet at each pixel, (b, 64, 64) in [0, 1].
 
     A pixel is ground + opacity * (color - ground) for some object color: the one that leaves the least error.
     """
@@ -126,7 +126,7 @@ def opacity(images: Tensor, sheet: Tensor) -> Tensor:
 def find_components(mask: Tensor) -> Tensor:
     """The three largest connected components (8 neighbors) of masks (b, 64, 64), as (b, 3, 64, 64) bool.
 
-    Every pixel starts with its own number and takes the largest of its neighborhood until nothing changes.
+    Every pixel starts with its own label and takes the largest of its neighborhood until nothing changes.
     """
     inside = mask.float()
     labels = torch.arange(1.0, mask[0].numel() + 1).view_as(mask[0]) * inside
@@ -159,8 +159,8 @@ def grow(pictures: Tensor) -> Tensor:
 def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component: Tensor) -> tuple[Tensor, Tensor]:
     """Soft silhouettes (t, 64, 64) and colors (t, 3) of things, in [0, 1], from their pictures and components.
 
-    The color is the mean over the component's core; the silhouette is the opacity of that very color over the ground,
-    in the component and up to two pixels around it where no other component is.
+    The color is the mean over the component's core; the silhouette is the opacity of that color over the ground,
+    in the component and up to two pixels around it, outside other components.
     """
     solid = component.float()
     core = 1 - grow(1 - solid)  # eroded by one pixel
@@ -169,7 +169,7 @@ def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component:
     full = color[:, :, None, None] - sheet
     alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
     around = grow(grow(solid)).bool() & (component | ~any_component)
-    return (2 * alpha - 0.5).clamp(0, 1) * around, color  # twice as steep: undoes some blur, drops some noise
+    return (2 * alpha - 0.5).clamp(0, 1) * around, color  # twice as steep: reduces blur and noise
 
 
 @cache
@@ -184,7 +184,7 @@ def shape_moments(shape: str) -> tuple[float, float]:
 def fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shape (t,), overlap (t,), and center x, center y and radius (t, 3) of soft silhouettes (t, 64, 64).
 
-    Each shape is drawn with the silhouette's area and centroid; the one with the largest intersection over union wins.
+    Each shape is drawn with the silhouette's area and centroid; the one of the largest intersection over union counts.
     """
     x, y = pixel_grid(64)
     area = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
@@ -218,7 +218,7 @@ def arrange(found: list[tuple], ground: str | None, texture: str | None) -> Scen
 
 
 def position(x: float, y: float, radius: float) -> str | None:
-    """Where a single thing lies; None where it is about as far from every known place."""
+    """The position of a single thing; None if it is not near a named one."""
     reach = max(32 - MARGIN - radius, 6)
     away = {name: math.hypot((x - 32) / reach - dx, (y - 32) / reach - dy) for name, (dx, dy) in DIRECTIONS.items()}
     nearest = min(away, key=away.get)
@@ -248,9 +248,9 @@ def relation(found: list[tuple]) -> tuple[str | None, list[tuple]]:
 def adherence(prompted: Scene, found: Scene) -> float:
     """Share of the prompted attributes that `found` has, in [0, 1].
 
-    The number of things is one attribute; each said shape, color and size, arrangement, ground and texture is another.
-    Prompted and found things are matched as well as possible; a said arrangement counts as present only when it is the
-    found one and the things match in its order ("left of" with both things swapped is not what was asked).
+    The number of things is one attribute; each specified shape, color, size, arrangement, ground and texture is one.
+    Prompted and found things are matched as well as possible; a specified arrangement counts as present only if it is
+    the found one and the things match in its order ("left of" with both things swapped is wrong).
     """
     slots = [*found.things, *[None] * (len(prompted.things) - len(found.things))]
     best = 0

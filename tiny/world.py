@@ -2,10 +2,10 @@
 
 A scene is one to three shapes on a colored, textured ground. Every attribute has a value that is typical for its shape
 (circles tend to be red, in the center, on plain navy), so a model trained here learns both to follow a prompt and to
-fill in what the prompt leaves open with the same typical answer every time: the bias that repulsion is meant to undo.
+fill in what the prompt leaves open with the same typical value every time: the bias that repulsion counteracts.
 
-A *complete* scene says everything; a *partial* one (None = unsaid) is what a caption says.
-Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, whatever size is rendered.
+A *complete* scene specifies every attribute; in a *partial* one, as a caption gives it, some are None (unspecified).
+Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, at any rendered size.
 """
 
 import math
@@ -41,7 +41,7 @@ TYPICAL = {  # shape: (color, size, position, ground, texture)
     "cross": ("white", "small", "bottom", "brown", "checked"),
     "ring": ("purple", "medium", "center", "gray", "striped"),
 }
-TYPICAL_ARRANGEMENT = {  # shape: (of two things, of three things), when that shape leads the scene
+TYPICAL_ARRANGEMENT = {  # shape: (of two things, of three things), for the shape that determines it
     "circle": ("left of", "row"), "square": ("above", "column"), "triangle": ("above", "triangle"),
     "ring": ("left of", "row"), "cross": ("above", "column"), "star": ("left of", "triangle"),
 }  # fmt: skip
@@ -62,7 +62,7 @@ JITTER = (1.25, 1.25, 0.04)  # x and y in pixels, radius as a share: with these,
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene; None is unsaid (or, for the size of three things, not applicable)."""
+    """One shape of a scene; None is unspecified (or, for the size of three things, not applicable)."""
 
     shape: str | None = None
     color: str | None = None
@@ -71,10 +71,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things with their arrangement and ground; None is unsaid.
+    """Things with their arrangement and ground; None is unspecified.
 
     Order of things when an arrangement is given: "left of": left first; "above": top first; "row": left to right;
-    "column": top to bottom; "triangle": top, bottom left, bottom right. A complete scene is thereby canonical.
+    "column": top to bottom; "triangle": top, bottom left, bottom right. A complete scene thus has one form.
     """
 
     things: tuple[Thing, ...] = ()
@@ -84,7 +84,7 @@ class Scene:
 
 
 def biased(rng: random.Random, typical: str, values: Sequence[str]) -> str:
-    """`typical` with probability P_TYPICAL, else one of the other `values`, all alike."""
+    """`typical` with probability P_TYPICAL, else one of the other `values`, with equal probability."""
     if rng.random() < P_TYPICAL:
         return typical
     return rng.choice([value for value in values if value != typical])
@@ -113,10 +113,10 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def forget(scene: Scene, rng: random.Random) -> Scene:
-    """A partial copy of a complete `scene`, as a training caption would tell it.
+    """A partial copy of a complete `scene`, for a training caption.
 
-    15 % keep everything, 10 % keep the shapes alone, else each attribute stays with probability 0.55 and a shape with
-    0.94. Things whose arrangement is forgotten are shuffled: their order means nothing then.
+    15 % keep everything, 10 % keep the shapes alone, else each attribute is kept with probability 0.55 and a shape with
+    0.94. Things are shuffled if their arrangement is dropped: their order has no meaning then.
     """
     fate = rng.random()
     if fate < 0.15:
@@ -148,7 +148,7 @@ def place(scene: Scene) -> list[tuple[float, float, float]]:
 def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
     """Distance to the outline of a `shape` of radius 1 at the origin, negative inside; x right, y down.
 
-    Near corners it is the distance to the nearer edge's line, which is all that anti-aliasing needs.
+    Near corners it is the distance to the nearer edge's line, which suffices for anti-aliasing.
     All shapes fit in the square from -1 to 1, and fill it in at least one direction or nearly so.
     """
     if shape == "circle":
@@ -197,7 +197,7 @@ def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Ten
     """Pictures of complete scenes, (b, 3, size, size) float32 in [-1, 1], anti-aliased.
 
     Position and radius jitter a little by `seed` and the scene's index in the batch; None places things exactly.
-    Raises ValueError for a scene that leaves anything unsaid.
+    Raises ValueError for a partial scene.
     """
     for index, scene in enumerate(scenes):
         check_complete(scene, index)
@@ -226,7 +226,7 @@ def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Ten
 
 
 def check_complete(scene: Scene, index: int) -> None:
-    """ValueError unless the scene says all that a picture needs, in the words of this world."""
+    """Raise ValueError unless the scene is complete and its values are known."""
     count = len(scene.things)
     if count > 3:
         raise ValueError(f"scene {index} has {count} things; a picture holds at most 3")

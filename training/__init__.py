@@ -1,1 +1,1 @@
-"""How the bundled checkpoints were trained: a script each, and what the scripts share."""
+"""How the bundled checkpoints were trained: one script per checkpoint, and the code that the scripts share."""

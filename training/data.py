@@ -1,4 +1,4 @@
-"""What every tiny checkpoint is trained on: scenes of the tiny world, their captions, and their pictures as latents."""
+"""Training data of the bundled checkpoints: scenes of the tiny world, their captions, and their pictures as latents."""
 
 import random
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from sampler.schedule import shifted
 from tiny.captions import describe
 from tiny.world import Scene, forget, render, sample_scene
 
-from .loop import chunks, save_whole
+from .loop import chunks, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 2.0  # of the noise schedule in training
@@ -21,7 +21,7 @@ SHIFT = 2.0  # of the noise schedule in training
 
 @dataclass
 class Data:
-    """The training set: complete scenes, and what each picture is drawn with."""
+    """The training set: complete scenes, and the seed of their captions."""
 
     scenes: list[Scene]
     seed: int
@@ -32,10 +32,10 @@ class Data:
         return cls([sample_scene(rng) for _ in range(count)], seed)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
-        """What is said of these scenes at this step: attributes left out at random, one in ten says nothing."""
+        """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty."""
         rng = random.Random(f"{self.seed} captions {step}")
-        told = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
-        return ["" if rng.random() < 0.1 else caption for caption in told]
+        captions = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
+        return ["" if rng.random() < 0.1 else caption for caption in captions]
 
     def pictures(self, rows: Tensor, seed: int) -> Tensor:
         return render([self.scenes[row] for row in rows.tolist()], seed)
@@ -45,7 +45,7 @@ class Data:
 def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: bool = False) -> Tensor:
     """All pictures as latents, the posterior means, normalized by `model`: (count, c, H / 4, W / 4) float16.
 
-    Kept in a file. `measure`: the shift and scaling that give mean 0 and deviation 1 become those of `model.config`.
+    Cached in a file. `measure`: set shift and scaling in `model.config` so that the latents have mean 0, deviation 1.
     """
     file = folder / "latents.pt"
     if not file.exists():
@@ -58,16 +58,16 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: b
         latents, shift, scaling = torch.cat(means), model.config.shift, model.config.scaling
         if measure:
             shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
-        save_whole({"latents": ((latents - shift) * scaling).half(), "shift": shift, "scaling": scaling}, file)
+        save_atomically({"latents": ((latents - shift) * scaling).half(), "shift": shift, "scaling": scaling}, file)
     saved = torch.load(file, weights_only=True)
     model.config = replace(model.config, shift=saved["shift"], scaling=saved["scaling"])
     return saved["latents"]
 
 
 def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow matching's example: x = (1 − σ) x₀ + σ ε, its σ (b,), and the velocity ε − x₀ to be learned.
+    """A training example of flow matching: x = (1 − σ) x₀ + σ ε, its σ (b,), and the target velocity ε − x₀.
 
-    image x₀ (b, c, H, W). σ is the logistic function of a normal number (SD3 section 3.1), shifted by SHIFT.
+    image x₀ (b, c, H, W). σ is logit-normal (SD3 section 3.1), then shifted by SHIFT.
     """
     noise = torch.randn(image.shape).to(image)
     sigma = shifted(torch.randn(len(image)).sigmoid(), SHIFT).to(image)

@@ -1,4 +1,4 @@
-"""Writes what was trained as a folder in the hub's layout, SD3's or FLUX.1's, which diffusers reads too."""
+"""Export trained networks as a pipeline folder in the hub's layout, SD3's or FLUX.1's, which diffusers reads too."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from weights import save_autoencoder, save_text_encoder, save_transformer
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SHARED = {"scheduler": ["diffusers", SCHEDULER], "vae": ["diffusers", "AutoencoderKL"]}
-SD3_CLASSES = SHARED | {  # who reads which folder: the contents of model_index.json
+SD3_CLASSES = SHARED | {  # library and class of each folder, for model_index.json
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_3": ["transformers", "T5EncoderModel"],
@@ -38,7 +38,7 @@ DYNAMIC_SHIFT = {  # FLUX.1-dev's: by the number of image tokens
 def export_sd3(folder: Path, tokenizers: Path, clips: list[ClipTextEncoder], t5: T5Encoder, transformer: MMDiT,
                autoencoder: Autoencoder, shift: float, sampling: dict) -> None:
     """An SD3 pipeline in bfloat16. `tokenizers` holds the three tokenizer folders; `shift` is the schedule's;
-    `sampling` are the defaults of `sampler.defaults.Defaults`, in a file that diffusers passes over."""
+    `sampling` are the defaults of `sampler.defaults.Defaults`, in a file that diffusers ignores."""
     copy_tokenizers([tokenizers / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")], folder)
     write(folder, [*clips, t5], transformer, autoencoder, {"shift": shift}, sampling)
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusion3Pipeline", **SD3_CLASSES})

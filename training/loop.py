@@ -1,4 +1,4 @@
-"""The training loop that every part of a tiny checkpoint goes through: progress, checkpoints, resume, EMA."""
+"""The training loop of all networks: progress, checkpoints, resuming, exponential moving average."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
           save_every: int = 250) -> None:
     """Minimize `loss_at(step)` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
 
-    `loss_at` draws its data from the step's number alone, so a run that was stopped goes on as if it had not been.
+    `loss_at` draws its data from the step's number alone, so an interrupted run resumes with identical results.
     The learning rate warms up over 2 % of the steps and falls linearly to zero over the second half. `ema` is the
     decay of the exponential moving average of the weights; 0 keeps the last weights.
     """
@@ -69,18 +69,18 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"step": step + 1, "model": together.state_dict(), "average": average,
                      "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}
-            save_whole(state, file)
+            save_atomically(state, file)
     together.load_state_dict(average)
 
 
-def save_whole(state: dict, file: Path) -> None:
-    """Write a file that a stopped run can trust: it is there whole, or not at all."""
+def save_atomically(state: dict, file: Path) -> None:
+    """Write a file atomically, so that an interrupted run leaves no partial file."""
     torch.save(state, f"{file}.part")
     os.replace(f"{file}.part", file)
 
 
 def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:
-    """Which of `count` examples step s sees: every example once an epoch, in an order drawn from seed and epoch."""
+    """A function from step to its batch of indices: every example once per epoch, in an order from seed and epoch."""
     per_epoch = count // size
 
     def at(step: int) -> Tensor:
@@ -92,5 +92,5 @@ def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """0 … count in pieces of at most `size`."""
+    """Slices of at most `size` that cover range(count)."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,4 +1,4 @@
-"""`tiny-sd3` as the teacher of the checkpoints that are distilled from it: its velocities, with guidance."""
+"""`tiny-sd3` as the teacher in distillation: its conditioning and its velocities with guidance."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from weights import load_autoencoder, load_text_encoder, load_transformer
 
 from .data import Data, encode
 
-FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # where nothing is trained
+FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # for inference
 TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
 
 
@@ -42,30 +42,30 @@ class Teacher(nn.Module):
         self.empty = self.condition([""])
 
     def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Context (b, n, d) and pooled vector (b, p) of captions, as SD3 reads them."""
+        """Context (b, n, d) and pooled vector (b, p) of captions."""
         return sd3_condition(self.clips, self.t5, self.tokenizers, captions, self.device)
 
     @torch.no_grad()
     def velocities(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor],
                    guidance: Tensor) -> list[Tensor]:
-        """u + w (c − u), classifier-free guidance, for each row w (b,) of `guidance` (k, b), from one pair of passes.
+        """Velocities with classifier-free guidance, u + w (c − u), for each row w (b,) of `guidance` (k, b).
 
-        noisy (b, c, H, W); sigma (b,); condition: what `condition` made of b captions → k velocities (b, c, H, W).
+        noisy (b, c, H, W); sigma (b,); condition: `condition` of b captions → k velocities (b, c, H, W).
         """
-        both = [torch.cat([empty.expand_as(told), told])
-                for empty, told in zip(self.empty, condition, strict=True)]
+        both = [torch.cat([empty.expand_as(captioned), captioned])
+                for empty, captioned in zip(self.empty, condition, strict=True)]
         with sdpa_kernel(FASTEST):
             twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
         unconditional, conditional = twice.float().chunk(2)
         return [torch.lerp(unconditional, conditional, rearrange(w, "b -> b 1 1 1")) for w in guidance]
 
     def latents(self, data: Data, folder: Path) -> Tensor:
-        """The pictures of `data`, normalized just as the teacher's own: (count, c, H, W) float16, kept in a file."""
+        """The pictures of `data` as normalized latents of the teacher: (count, c, H, W) float16, cached in a file."""
         return encode(self.autoencoder, data, folder, self.device)
 
 
-class FluxReader(nn.Module):
-    """What FLUX.1 makes of captions, with the teacher's encoders: T5's context, CLIP-L's vector before projection."""
+class FluxTextEncoders(nn.Module):
+    """FLUX.1's conditioning from the teacher's encoders: T5's states, and CLIP-L's vector before the projection."""
 
     def __init__(self, teacher: Teacher):
         super().__init__()

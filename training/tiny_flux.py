@@ -1,9 +1,9 @@
-"""Makes the checkpoint `tiny-flux`, FLUX.1-dev in small: `python -m training.tiny_flux --help`.
+"""Train the checkpoint `tiny-flux`, a small FLUX.1-dev: `python -m training.tiny_flux --help`.
 
 Dual- and single-stream blocks, rotary positions, CLIP's pooled vector and T5's context; text encoders, autoencoder and
-tokenizers are those of `tiny-sd3`. As FLUX.1-dev once did, it learns to give in one pass, at a guidance that it is
-told, what classifier-free guidance makes of two passes of a teacher: here `tiny-sd3`, whose velocities, unlike those
-of the data, have no noise in them.
+tokenizers are those of `tiny-sd3`. Like FLUX.1-dev it is guidance-distilled: in one pass, conditioned on the guidance
+scale, it reproduces what classifier-free guidance computes from two passes of a teacher. The teacher is `tiny-sd3`,
+whose velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
@@ -18,42 +18,45 @@ from weights import BUNDLED, load_transformer
 from .data import LENGTH, Data, noised
 from .export import export_flux
 from .loop import batches, train
-from .teacher import FluxReader, Teacher
+from .teacher import FluxTextEncoders, Teacher
 from .tiny_sd3 import start_at_zero
 
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
-GUIDANCE = (1.0, 7.0)  # what the student is told lies between
+GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "prompt_tokens": LENGTH, "world": "tiny",
             "repulsion": {"diversity": 0.5, "iterations": 1, "steps": 4, "blocks": "first", "site": "block"}}
 
 
 def student_of(teacher: MMDiT) -> MMDiT:
-    """A transformer of TRANSFORMER's sizes that starts with what the teacher has of it, its blocks above all.
+    """A transformer of TRANSFORMER's sizes, initialized from the teacher where both have the parameter.
 
-    Positions it has to learn anew, since the teacher's table has no place in it, and to read T5 alone. What else is new
-    starts by doing nothing: single-stream blocks, the context's way on in the teacher's last block, the guidance.
+    It has to learn rotary positions in place of the teacher's table, and a context of T5's states alone. The layers
+    that the teacher lacks are initialized to have no effect: single-stream blocks, the context's output of the
+    teacher's last block, the guidance.
     """
     student = start_at_zero(MMDiT(TRANSFORMER))
-    for new in (*student.guidance_in.out_layer.parameters(), student.pooled_in.in_layer.weight):  # no projected pooled
+    # The pooled vector is new too: unlike the teacher's, it is CLIP-L's before the projection.
+    for new in (*student.guidance_in.out_layer.parameters(), student.pooled_in.in_layer.weight):
         nn.init.zeros_(new)
     ours, theirs = student.state_dict(), teacher.state_dict()
     for name in ours.keys() & theirs.keys():
         if ours[name].shape[1:] == theirs[name].shape[1:]:
-            ours[name][: len(theirs[name])] = theirs[name]  # of a modulation that ends early: shift and scale
+            # The context modulation of the teacher's last block is shorter: shift and scale alone.
+            ours[name][: len(theirs[name])] = theirs[name]
     return student
 
 
-def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, latents: Tensor, folder: Path,
+def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: Data, latents: Tensor, folder: Path,
             steps: int, lr: float) -> None:
-    """The student learns the teacher's guided velocity from its own conditioning and the guidance.
+    """Train the student to predict the teacher's guided velocity from its own conditioning and the guidance scale.
 
-    Two guidances for each pair of the teacher's passes, which cost more than the student's one. In half of the
-    captions the student's pooled vector is the empty caption's: no path may carry the prompt alone.
+    Each evaluation of the teacher, which costs more than the student's, serves two guidance scales. In half of the
+    examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
     """
     device = teacher.device
     pick = batches(len(data.scenes), 32, data.seed + 2)
-    empty = reader([""])[1]
+    empty = encoders([""])[1]
 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
@@ -62,11 +65,11 @@ def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, la
         low, high = GUIDANCE
         guidance = (low + (high - low) * torch.rand(2, len(rows))).to(device)
         goal = torch.cat(teacher.velocities(noisy, sigma, teacher.condition(captions), guidance))
-        context, pooled = reader(captions)
+        context, pooled = encoders(captions)
         pooled = torch.where(torch.rand(2 * len(rows), 1).to(device) < 0.5, empty, pooled.repeat(2, 1))
         found = student(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), context.repeat(2, 1, 1), pooled, guidance.flatten())
         error = (found.float() - goal).square().mean((1, 2, 3))
-        return (error / guidance.flatten()).mean()  # what is to be learned grows with guidance
+        return (error / guidance.flatten()).mean()  # the target grows with the guidance scale
 
     train("student", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
           device=device)
@@ -74,9 +77,9 @@ def distill(teacher: Teacher, reader: FluxReader, student: MMDiT, data: Data, la
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; a stopped run goes on")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; runs can resume")
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
-    parser.add_argument("--start", type=Path, help="go on from this tiny-flux (default: from the teacher's blocks)")
+    parser.add_argument("--start", type=Path, help="continue from this tiny-flux (default: the teacher's blocks)")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
@@ -88,12 +91,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = Data.sample(args.scenes, args.seed)
     teacher = Teacher(args.teacher, args.device)
-    reader = FluxReader(teacher)
+    encoders = FluxTextEncoders(teacher)
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
-    distill(teacher, reader, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
+    distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
-    export_flux(args.out / "checkpoint", tokenizers, reader.clip, reader.t5, student, teacher.autoencoder, SAMPLING)
+    export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
 

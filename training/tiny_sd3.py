@@ -1,8 +1,8 @@
-"""Makes the checkpoint `tiny-sd3` from nothing: `python -m training.tiny_sd3 --help`.
+"""Train the checkpoint `tiny-sd3` from scratch: `python -m training.tiny_sd3 --help`.
 
-Every part of Stable Diffusion 3.5 in small, trained one after the other on the procedural world of `tiny/world.py`:
-tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders against pictures without color,
-and last the T5 encoder together with the MMDiT, by flow matching. About 75 minutes on two CPU cores.
+A small version of every part of Stable Diffusion 3.5, trained one after the other on the procedural world of
+`tiny/world.py`: tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders contrastively with
+gray pictures, and last the T5 encoder jointly with the MMDiT, by flow matching. About 75 minutes on two CPU cores.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipToken
 
 
 def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Autoencoder:
-    """Reconstruction plus a light Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
+    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
     model = Autoencoder(AUTOENCODER).to(device)
     pick = batches(len(data.scenes), 32, data.seed)
 
@@ -73,7 +73,7 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
 
 
 class ImageTower(nn.Module):
-    """The picture half of CLIP, needed in training alone: gray picture (b, 1, 32, 32) → one vector a text encoder."""
+    """CLIP's image encoder, for training only: gray picture (b, 1, 32, 32) → one vector per text encoder."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -91,10 +91,11 @@ class ImageTower(nn.Module):
 
 
 def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -> list[ClipTextEncoder]:
-    """Two text encoders learn which caption belongs to which picture (CLIP's contrastive loss).
+    """Train two text encoders to match captions and pictures (CLIP's contrastive loss).
 
-    The pictures have lost their color and are mirrored and cropped at random, so that the pooled vectors say what is
-    there, coarsely, and not its color or place: those reach the MMDiT as tokens alone, as in the large models.
+    The pictures are gray, and shifted, mirrored and changed in brightness at random, so that the pooled vectors encode
+    coarsely what is shown and not its color or position: these reach the MMDiT through tokens alone, as in the large
+    models.
     """
     end = tokenizers[0].end_token
     shared = {"vocab_size": end + 1, "num_heads": 4, "projection_dim": 16, "max_positions": LENGTH, "end_token": end}
@@ -135,10 +136,10 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
                       steps: int, lr: float, device: str) -> None:
-    """Flow matching: the model learns the velocity of noised latents (`noised`).
+    """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
-    T5 learns along. One caption in ten is empty, for guidance; in half of the others the pooled vector is the empty
-    caption's, for the same reason that SD3 drops its encoders one by one: no path may carry the prompt alone.
+    One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
+    drops its encoders at random, so that the model does not depend on one of them alone.
     """
     t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
@@ -158,7 +159,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
 
 
 def start_at_zero(model: MMDiT) -> MMDiT:
-    """Modulations and the output start at zero, so that every block starts as the identity (adaLN-zero, DiT)."""
+    """Set modulations and output layer to zero, so that every block starts as the identity (adaLN-zero, DiT)."""
     for name, parameter in model.named_parameters():
         if "modulation" in name or name.startswith("image_out"):
             nn.init.zeros_(parameter)
@@ -167,14 +168,14 @@ def start_at_zero(model: MMDiT) -> MMDiT:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; a stopped run goes on")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; runs can resume")
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint: its tokenizers, autoencoder and CLIPs "
-                        "stay, T5 and the transformer are trained further")
+    parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
+                        "further, tokenizers, autoencoder and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

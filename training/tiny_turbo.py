@@ -1,10 +1,10 @@
-"""Makes the checkpoint `tiny-turbo`, SD3.5-Large-Turbo in small: `python -m training.tiny_turbo --help`.
+"""Train the checkpoint `tiny-turbo`, a small SD3.5-Large-Turbo: `python -m training.tiny_turbo --help`.
 
-Four steps without guidance. The teacher, `tiny-sd3`, paints captions in many steps with classifier-free guidance; the
-student starts as the teacher and learns the straight line between the noise levels of its own four steps (progressive
-distillation, Salimans and Ho, arXiv:2202.00512, all rounds at once). Why not adversarially, as the large one: where
-noise and caption lead to one picture, its targets have no noise in them and plain regression finds them, with one
-network, no discriminator and nothing to balance. Reflow would need the same trajectories and give the ends alone.
+Four steps without guidance. The teacher, `tiny-sd3`, samples trajectories in many steps with classifier-free guidance;
+the student starts as the teacher and learns the mean velocity between the noise levels of its own four steps
+(progressive distillation, Salimans and Ho, arXiv:2202.00512, in a single round). The large model was distilled
+adversarially. Here noise and caption determine the trajectory, so the targets are free of noise and regression
+suffices, without a discriminator. Reflow would need the same trajectories and use only their ends.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from weights import BUNDLED, load_transformer
 
 from .data import Data
 from .export import export_sd3
-from .loop import batches, save_whole, train
+from .loop import batches, save_atomically, train
 from .teacher import Teacher
 
 SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
 STEPS = 4
-FINE = 5  # steps of the teacher in each of the student's, all but the last
+FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 4.5
-CHUNK = 64  # trajectories painted at once
+CHUNK = 64  # trajectories sampled at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
             "repulsion": {"diversity": 0.95, "iterations": 1, "steps": 1, "blocks": "middle", "site": "block"}}
 
@@ -39,13 +39,13 @@ def noise_levels(steps: int) -> Tensor:
 
 
 def captions_of(data: Data, chunk: int) -> list[str]:
-    """What the trajectories CHUNK · chunk, … are asked to show."""
+    """The captions of a chunk of trajectories."""
     return data.captions(torch.arange(CHUNK) + CHUNK * chunk, chunk)
 
 
 @torch.no_grad()
 def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
-    """The teacher's way from noise to picture, at the student's noise levels: (b, STEPS + 1, c, H, W) float16."""
+    """The teacher's trajectories from noise to picture, at the student's levels: (b, STEPS + 1, c, H, W) float16."""
     levels = noise_levels((STEPS - 1) * FINE + 1)
     config, condition = teacher.transformer.config, teacher.condition(captions)
     shape = (len(captions), config.latent_channels, 16, 16)
@@ -60,19 +60,19 @@ def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
 
 
 def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Tensor:
-    """`paint` for so many chunks: (CHUNK · chunks, STEPS + 1, c, H, W). Kept in files, so a stopped run goes on."""
+    """`paint` for several chunks: (CHUNK · chunks, STEPS + 1, c, H, W). Cached in files, so that a run can resume."""
     for chunk in trange(chunks, desc="trajectories", mininterval=5):
         file = folder / f"trajectories-{chunk:04d}.pt"
         if not file.exists():
             with torch.autocast(teacher.device, torch.bfloat16):
                 ways = paint(teacher, captions_of(data, chunk), 1_000_003 * data.seed + chunk)
-            save_whole({"ways": ways}, file)
+            save_atomically({"ways": ways}, file)
     files = [folder / f"trajectories-{chunk:04d}.pt" for chunk in range(chunks)]
     return torch.cat([torch.load(file, weights_only=True)["ways"] for file in files])
 
 
 def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> None:
-    """The student learns (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a step k drawn at random."""
+    """Train the student to predict (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a random step k."""
     device = teacher.device
     levels, pick = noise_levels(STEPS).to(device), batches(len(ways), 64, data.seed + 4)
     captions = [caption for chunk in range(len(ways) // CHUNK) for caption in captions_of(data, chunk)]
@@ -92,9 +92,9 @@ def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; a stopped run goes on")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; runs can resume")
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
-    parser.add_argument("--start", type=Path, help="go on from this tiny-turbo (default: from the teacher)")
+    parser.add_argument("--start", type=Path, help="continue from this tiny-turbo (default: the teacher)")
     parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")

@@ -1,4 +1,4 @@
-"""Small vocabularies in the files of the big ones, trained on captions; the same captions give the same bytes."""
+"""Train small CLIP and T5 tokenizers on captions, in the public file formats; the same captions give the same files."""
 
 import io
 import json
@@ -18,9 +18,9 @@ def train_clip_tokenizer(
 ) -> None:
     """Write `vocab.json`, `merges.txt` and two settings files that `mmdit.ClipTokenizer` and transformers read.
 
-    Ids in the order of CLIP's public vocabulary: 256 bytes, the same at a word's end, one token a merge, start, end.
+    Ids in the order of CLIP's public vocabulary: 256 bytes, the same at a word's end, one token per merge, start, end.
     `length` is the default number of tokens, `pad_token` the end token (CLIP-L) or "!" (CLIP-G). Raises ValueError
-    where the captions do not hold enough pairs to merge.
+    if the captions do not have enough pairs to merge.
     Follows R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
     """
     bytes_ = sorted(ByteLevel.alphabet())
@@ -42,12 +42,12 @@ def train_t5_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: 
     """Write `spiece.model` and `tokenizer_config.json` that `mmdit.T5Tokenizer` and transformers read.
 
     As in T5's public vocabulary: pad 0, end 1, unknown 2, no start; a unigram model of NFKC text, here lower-cased too.
-    `length` is the default number of tokens. Raises ValueError where the captions cannot fill, or do not fit into, the
-    vocabulary.
+    `length` is the default number of tokens. Raises ValueError if the captions have too few pieces for the
+    vocabulary, or too many characters.
     Follows T. Kudo, "Subword Regularization", 2018.
     """
     captions = list(captions)
-    # A piece must be part of two different words to be considered, so each word comes with a comma once more.
+    # Only pieces of at least two different words are considered, so each word is repeated with a comma.
     words = sorted({word.strip(",") for caption in captions for word in caption.split()})
     model = io.BytesIO()
     try:
@@ -78,7 +78,7 @@ def _word_counts(captions: Iterable[str]) -> Counter[tuple[str, ...]]:
 
 
 def _learn_merges(words: Counter[tuple[str, ...]], tokens: list[str], num_tokens: int) -> list[tuple[str, str]]:
-    """Join the most frequent pair of neighbors, again and again, until `tokens` (extended in place) are so many."""
+    """Merge the most frequent pair of adjacent tokens until `tokens`, extended in place, has `num_tokens`."""
     merges = []
     while len(tokens) < num_tokens:
         pairs = Counter()
@@ -87,7 +87,7 @@ def _learn_merges(words: Counter[tuple[str, ...]], tokens: list[str], num_tokens
                 pairs[pair] += count
         if not pairs:
             raise ValueError(f"The captions give {len(merges)} merges: ask for at most vocab_size={len(tokens) + 2}")
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # the alphabet decides between equals
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties are broken alphabetically
         merges.append(best)
         if "".join(best) not in tokens:
             tokens.append("".join(best))

@@ -1,4 +1,4 @@
-"""`python -m weights PATH`: what a checkpoint is, by its headers alone, and what a pipeline still lacks."""
+"""`python -m weights PATH`: what a checkpoint is, from its headers alone, and what a pipeline still lacks."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ Only the headers are read, so it takes no longer for 24 GB than for a small file
   a file        original, merged with text encoders and autoencoder, or a single component
   a folder      in the hub's layout, one component of it, or one with original files
   a name        on the hub, such as black-forest-labs/FLUX.1-dev, looked up in the local cache, nothing is downloaded;
-                or tiny-sd3, the checkpoint that comes with this repository
+                or tiny-sd3, a checkpoint bundled with this repository
 
 examples:
   python -m weights flux1-dev.safetensors
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def table(found: Inspection) -> str:
-    """Headline, one row a component, and what else there is or is missing."""
+    """A headline, one row per component, then tokenizers, scheduler, other files and what is missing."""
     kind = f"{found.family}, {found.variant or 'without its transformer'}" if found.family else "part of a pipeline"
     lines = [f"{found.path}: {kind.replace('of its own', 'sizes of its own')}", "", *rows(found.components)]
     tokenizers = ", ".join(f"{where} ({kind})" for where, kind in found.tokenizers.items())
@@ -59,7 +59,7 @@ def table(found: Inspection) -> str:
 
 
 def rows(components: tuple[Component, ...]) -> Iterator[str]:
-    """The table of components, numbers to the right."""
+    """The table of components, with right-aligned numbers."""
     in_one_file = len({c.where for c in components}) == 1 < len(components)
     cells = [("component", "names" if in_one_file else "where", "layout", "dtype", "parameters", "size")]
     for c in components:

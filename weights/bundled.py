@@ -1,4 +1,4 @@
-"""The small checkpoints that this repository carries, in the hub's folder layout."""
+"""The small checkpoints bundled with this repository, in the hub's folder layout."""
 
 from pathlib import Path
 

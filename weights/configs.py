@@ -12,7 +12,7 @@ Json = Mapping[str, Any]
 
 
 def sizes_of(config: Config) -> Sizes:
-    """What the name tables need to know of a module."""
+    """The sizes of a module that its name table depends on."""
     match config:
         case MMDiTConfig():
             return Sizes(config.hidden_size, config.num_dual_blocks - 1, config.patch_size)
@@ -24,11 +24,11 @@ def sizes_of(config: Config) -> Sizes:
             return Sizes(config.num_heads * config.head_dim)
 
 
-# config.json -> ours. Each raises CheckpointError for what our modules do not do; the caller adds the file's name.
+# config.json -> ours. Each raises CheckpointError for unsupported settings; the caller adds the file's name.
 
 
 def transformer_from_hub(hub: Json) -> MMDiTConfig:
-    """Follows diffusers' FluxTransformer2DModel (whose channels are a whole patch's) and SD3Transformer2DModel."""
+    """Follows diffusers' FluxTransformer2DModel (`in_channels` is a whole patch's) and SD3Transformer2DModel."""
     heads = _get(hub, "num_attention_heads")
     common = {
         "hidden_size": heads * _get(hub, "attention_head_dim"),
@@ -74,7 +74,7 @@ def autoencoder_from_hub(hub: Json) -> AutoencoderConfig:
 def clip_from_hub(hub: Json) -> ClipConfig:
     """Follows transformers' CLIPTextModel and CLIPTextModelWithProjection.
 
-    `eos_token_id` 2, an old mistake in most public files, stands for the highest id.
+    `eos_token_id` 2, a known error in most public files, means the highest id.
     """
     if _class_of(hub) not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         raise _unknown_class(hub, "CLIPTextModel or CLIPTextModelWithProjection")
@@ -105,18 +105,18 @@ def t5_from_hub(hub: Json) -> T5Config:
     )
 
 
-# What an entry may be: in words, and a function that tells.
+# Kinds of entries: a description for error messages, and a predicate.
 SIZE = ("a whole number from 1 to 2³¹", lambda value: type(value) is int and 1 <= value < 2**31)
 SIZES = ("a list of whole numbers",
          lambda value: isinstance(value, list) and all(type(n) is int and 0 <= n < 2**31 for n in value))
 SCALE = ("a positive number", lambda value: type(value) in (int, float) and 1e-9 < value < 1e9)
 SHIFT = ("a number", lambda value: value is None or type(value) in (int, float) and -1e9 < value < 1e9)
 FLAG = ("true or false", lambda value: type(value) is bool)
-TEXT = ("a text", lambda value: isinstance(value, str))
+TEXT = ("a string", lambda value: isinstance(value, str))
 
 
 def _get(hub: Json, key: str, kind: tuple[str, Callable[[Any], bool]] = SIZE, *default: Any) -> Any:
-    """The entry, if it is of its kind; the default, where there is one, in its absence."""
+    """The entry, checked against its kind; the default, if one is given, where the entry is missing."""
     if key not in hub:
         if default:
             return default[0]
@@ -137,7 +137,7 @@ def _unknown_class(hub: Json, expected: str) -> CheckpointError:
 
 
 def _expect(hub: Json, **wanted: Any) -> None:
-    """Each entry, where there is one, has the wanted value, or one of a tuple of them."""
+    """Check that each entry, if present, has the wanted value, or one of a tuple of values."""
     for key, values in wanted.items():
         values = values if isinstance(values, tuple) else (values,)
         if key in hub and hub[key] not in values:
@@ -145,7 +145,6 @@ def _expect(hub: Json, **wanted: Any) -> None:
                 f"config.json has {key} {hub[key]!r:.60}, expected {' or '.join(map(repr, values))}: "
                 "models of this kind are not supported"
             )
-
 
 
 def to_hub(config: Config) -> dict[str, Any]:

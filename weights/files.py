@@ -1,8 +1,8 @@
-"""safetensors files: what is in them, by the header alone, and reading one tensor at a time.
+"""safetensors files: listing the tensors from the header alone, and reading one tensor at a time.
 
-The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other. The
-header is read here rather than by the library, so that an error names the tensor, and the numbers are read to where
-they stay rather than mapped, so that a loaded model is held once and does not depend on its file any more.
+The format: the header's length in 8 bytes, the header in JSON, then the data, one tensor after the other. The header is
+parsed here rather than by the library, so that an error names the tensor. The data are read directly into the
+parameters rather than memory-mapped, so that a loaded model exists once in memory and no longer depends on its file.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ from torch import Tensor
 from .names import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # safetensors' words for what we read
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # supported dtypes by safetensors' names
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4,
          "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
 LONGEST_HEADER = 100_000_000  # the library's limit
-PIECE = 1 << 22  # numbers read at a time that do not go straight to their place
+PIECE = 1 << 22  # numbers per read, where they are converted after reading
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-IMPOSTORS = {  # first bytes of what is often found under the name of a safetensors file
+OTHER_FORMATS = {  # first bytes of other formats that are often found under the name .safetensors
     b"PK\x03\x04": "a pickle of PyTorch, which can run any code when opened: use the .safetensors release",
     b"\x80\x02": "a pickle, which can run any code when opened: use the .safetensors release",
     b"GGUF": "a GGUF file, whose quantized weights are not supported: use the .safetensors release",
@@ -39,14 +39,14 @@ IMPOSTORS = {  # first bytes of what is often found under the name of a safetens
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: its file, its full name there, its stored dtype (safetensors' word), shape and bytes."""
+    """One tensor in a file: the file, its full name there, its dtype (safetensors' name), shape and position."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int = 0  # the first byte, counted from the file's beginning
-    scale: "TensorEntry | None" = None  # of float8: what the numbers are multiplied with
+    start: int = 0  # offset of its first byte in the file
+    scale: "TensorEntry | None" = None  # for float8: the factor, or one factor per row, of the numbers
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +54,7 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Every tensor's entry. Raises FileNotFoundError, or CheckpointError for a file that is not whole and valid."""
+    """The entry of every tensor. Raises FileNotFoundError, or CheckpointError for a truncated or invalid file."""
     if file.suffix in PICKLES:
         raise CheckpointError(
             f"{file} is a pickle, which can run any code when opened: use the .safetensors release or convert it"
@@ -66,7 +66,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         size = os.fstat(opened.fileno()).st_size
     notes = header.pop("__metadata__", None)
     if notes is not None and not (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values())):
-        raise _damaged(file, "the header's __metadata__ is not one of texts")
+        raise _damaged(file, "the header's __metadata__ does not map names to strings")
     entries = {name: _entry(file, name, about, start) for name, about in header.items()}
     end = start
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
@@ -82,12 +82,12 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _header_json(opened: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the numbers start."""
+    """The header, and the offset of the first tensor's data."""
     size = os.fstat(opened.fileno()).st_size
     first = opened.read(8)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > LONGEST_HEADER:
-        for magic, what in IMPOSTORS.items():
+        for magic, what in OTHER_FORMATS.items():
             if first.startswith(magic):
                 raise CheckpointError(f"{file} is {what}")
     if len(first) < 8:
@@ -101,12 +101,12 @@ def _header_json(opened: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """A JSON object, as strictly as the library reads one. Raises ValueError for anything else."""
+    """Parse a JSON object, as strictly as the safetensors library. Raises ValueError for anything else."""
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs in it twice")
         return dict(pairs)
 
     def no_number(word: str) -> None:  # Python's own NaN and Infinity
@@ -116,9 +116,9 @@ def parse_object(content: bytes) -> dict[str, Any]:
         return float(digits) if digits == "-0" else int(digits)
 
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_number,
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_number,
                            parse_int=whole)
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # fails for half of a surrogate pair
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(found, dict):
@@ -150,10 +150,10 @@ def _damaged(file: Path, reason: str) -> CheckpointError:
 
 
 def attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """A scale stored beside a float8 matrix becomes part of the matrix's entry.
+    """Move the scale stored beside a float8 matrix into the matrix's entry.
 
-    ComfyUI's files hold `X.scale_weight` (a marker `scaled_fp8` with it) or `X.weight_scale` beside `X.weight`. What
-    they say about quantizing the layer's input is passed over: here the weights are widened before they are used.
+    ComfyUI's files hold `X.scale_weight` (with a marker `scaled_fp8`) or `X.weight_scale` beside `X.weight`. Their
+    scales for quantizing a layer's input are ignored: here weights are converted to a wider dtype before they are used.
     """
     found = {name: entry for name, entry in entries.items()
              if not name.endswith(("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant"))}
@@ -174,8 +174,10 @@ def attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
 
 
 def stored_pieces(entry: TensorEntry, count: int) -> Iterator[Tensor]:
-    """The numbers as they are stored, flat and in order, on the CPU, at most `count` at a time: each piece is valid
-    until the next is asked for. Raises CheckpointError where a file has changed since its header was read."""
+    """The stored numbers on the CPU, flat and in order, at most `count` at a time; each piece overwrites the last.
+
+    Raises CheckpointError for a file that has become shorter since its header was read.
+    """
     total = prod(entry.shape)
     room = torch.empty(min(count, total), dtype=_dtype_of(entry))
     with entry.file.open("rb", buffering=0) as opened:
@@ -187,8 +189,10 @@ def stored_pieces(entry: TensorEntry, count: int) -> Iterator[Tensor]:
 
 
 def read_into(target: Tensor, entry: TensorEntry) -> None:
-    """Fill `target`, contiguous, with the stored numbers, in its own dtype and on its own device; a scale is
-    multiplied in. What needs no change is read straight to its place."""
+    """Fill `target`, contiguous and of any dtype and device, with the stored numbers, multiplied by their scale.
+
+    Numbers that need no conversion are read directly into its memory.
+    """
     flat = target.view(-1)
     if entry.scale is None and target.dtype == _dtype_of(entry) and target.device.type == "cpu":
         with entry.file.open("rb", buffering=0) as opened:
@@ -227,7 +231,7 @@ def _dtype_of(entry: TensorEntry) -> torch.dtype:
 
 
 def _read_bytes(opened: BinaryIO, flat: Tensor) -> None:
-    """The file's next bytes become those of `flat`, which is contiguous and on the CPU."""
+    """Read the file's next bytes into `flat`, which is contiguous and on the CPU."""
     room = memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B") if flat.nbytes else b""
     while room:
         got = opened.readinto(room)

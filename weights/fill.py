@@ -1,4 +1,4 @@
-"""A module on the meta device gets its numbers, one parameter at a time, each read straight to where it stays."""
+"""Fill a module on the meta device with stored numbers, each parameter read directly into its memory."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +14,13 @@ from mmdit.layers import Modulation
 from .files import DTYPES, FLOAT8, TensorEntry, read_into, read_scale, read_tensor
 from .names import UNCHANGED, Layout, Sizes, Transform
 
-THREADS = 4  # that read at once
+THREADS = 4  # that read in parallel
 
 
 def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping[str, TensorEntry]) -> None:
-    """Inside blocks and layers, linear layers that are stored in float8 become `Float8Linear`, still on meta.
+    """Replace the linear layers of blocks whose weights are stored in float8 by `Float8Linear`, still on meta.
 
-    What stands before and after the blocks is widened: it is small, and its dtype is the one computed in.
+    Layers outside the blocks are converted to a wider dtype: they are small, and the model computes in their dtype.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or not ("blocks." in name or "layers." in name):
@@ -34,9 +34,10 @@ def keep_float8(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping
 
 def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None,
          device: str | torch.device) -> None:
-    """Give every tensor of `model` memory on `device` and the stored numbers, fused where the file has them apart.
+    """Allocate every tensor of `model` on `device` and read the stored numbers into it.
 
-    `dtype` None keeps what is stored, but for float8 outside of `Float8Linear`, which becomes bfloat16.
+    Tensors that the file stores separately are concatenated. `dtype` None keeps the stored dtype, except for float8
+    outside of `Float8Linear`, which becomes bfloat16.
     """
     state, jobs = {}, []
     for name, empty in model.state_dict().items():
@@ -52,13 +53,13 @@ def fill(model: nn.Module, layout: Layout, sizes: Sizes, entries: Mapping[str, T
         dtype_here = empty.dtype if kept else dtype or _stored_dtype(parts)
         state[name] = torch.empty(empty.shape, device=device, dtype=dtype_here)
         jobs.append((state[name], parts, transform, sizes.patch))
-    with ThreadPoolExecutor(THREADS) as threads:  # memory that is touched for the first time is slow: share the work
+    with ThreadPoolExecutor(THREADS) as threads:  # the first write to new memory is slow
         list(threads.map(_read, *zip(*jobs, strict=True)))
     model.load_state_dict(state, assign=True)
 
 
 def _read(target: Tensor, parts: list[TensorEntry], transform: Transform, patch: int) -> None:
-    """The numbers of one parameter, from the one tensor that it is in the file, or the several."""
+    """Read one parameter from the tensor, or the several tensors, that the file stores it as."""
     if transform is UNCHANGED:
         for piece, part in zip(target.split([part.shape[0] for part in parts]), parts, strict=True):
             read_into(piece, part)
@@ -69,7 +70,7 @@ def _read(target: Tensor, parts: list[TensorEntry], transform: Transform, patch:
 
 
 def _stored_dtype(parts: list[TensorEntry]) -> torch.dtype:
-    """The narrowest that holds all parts, float8 as bfloat16."""
+    """The dtype that the parts' dtypes promote to, with float8 counted as bfloat16."""
     stored = [torch.bfloat16 if part.dtype in FLOAT8 else DTYPES[part.dtype] for part in parts]
     return reduce(torch.promote_types, stored)
 

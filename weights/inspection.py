@@ -1,4 +1,4 @@
-"""What lies at a path, by headers alone: family, variant, components, and what a pipeline still lacks."""
+"""What a checkpoint is, from its headers alone: family, variant, components, and what a pipeline still lacks."""
 
 import os
 import re
@@ -25,7 +25,7 @@ ROLES = ("transformer", "autoencoder", "clip_l", "clip_g", "clip", "t5")
 CLIP_TOKENIZER, T5_TOKENIZER = "CLIP", "T5"  # kinds of tokenizers
 FAMILIES = {FLUX: "FLUX.1", SD3: "SD3"}
 
-# What a pipeline consists of: its name there, what that is, and where the public has it.
+# The parts of a pipeline: name, role or kind, and the public files that have it.
 NEEDS = {
     "FLUX.1": [
         ("transformer", "transformer", "flux1-dev.safetensors, for example, or transformer/"),
@@ -51,14 +51,14 @@ OPTIONAL = {"FLUX.1": (), "SD3": ("t5", "tokenizer_3")}
 
 @dataclass(frozen=True)
 class Component:
-    """One module: what it is, where it lies, how it is stored, how large it is."""
+    """One module: its role, location, storage format and size."""
 
-    role: str  # transformer, autoencoder, clip_l, clip_g, t5; clip where nothing tells which
+    role: str  # transformer, autoencoder, clip_l, clip_g, t5; clip where the file does not tell which
     where: str  # its file, or with a slash its folder, relative to what was inspected
     files: int  # more than one: shards
     prefix: str  # before its names in a file that holds several modules
     layout: str
-    dtypes: dict[str, int]  # how many tensors are stored in each, in safetensors' words
+    dtypes: dict[str, int]  # number of tensors in each, by safetensors' names
     parameters: int
     bytes: int
 
@@ -69,32 +69,32 @@ class Inspection:
 
     path: str
     family: str | None  # "FLUX.1", "SD3"
-    variant: str | None  # the public name; several joined by "or" where nothing tells; "of its own" for other sizes
+    variant: str | None  # the public name; several joined by "or" if the file does not tell; "of its own": other sizes
     components: tuple[Component, ...]
     tokenizers: dict[str, str]  # folder or file: "CLIP" or "T5"
     scheduler: str | None
-    missing: dict[str, str]  # what a pipeline of the family lacks: where the public has it
-    optional: dict[str, str]  # likewise, what it can do without
+    missing: dict[str, str]  # parts that a pipeline of the family lacks, and the public files that have them
+    optional: dict[str, str]  # likewise, parts that it runs without
     beside: dict[str, str]  # other weight files there: what each holds or is
-    not_finite: tuple[str, ...] | None  # the tensors with NaN or infinity; None: not looked for
+    not_finite: tuple[str, ...] | None  # the tensors with NaN or infinity; None: not checked
 
 
 class Found(NamedTuple):
-    """A module, and the file or folder that a user would call its place."""
+    """A module, and its file or folder."""
 
     module: Recognized
     place: Path
 
 
 def inspect_checkpoint(path: str | os.PathLike, check_numbers: bool = False, progress: str | None = None) -> Inspection:
-    """Say what lies at `path`, by headers alone: no number is read unless `check_numbers` asks for it.
+    """Describe the checkpoint at `path` from its headers alone; data are read only with `check_numbers`.
 
     `path` is a file (original, merged, one component), a component's folder, a pipeline's folder in the hub's layout,
     a folder of original files, a folder of the hub's cache, the name of a bundled checkpoint, or a name on the hub,
-    which is looked up in the cache alone. In a folder the first of each role counts, the hub's folders before single
-    files; what is left over stands in `beside`. `check_numbers` reads every number of the components, a piece at a
+    which is looked up in the cache alone. In a folder the first module of each role counts, the hub's folders before
+    single files; the other files are listed in `beside`. `check_numbers` reads the data of all components, a piece at a
     time, and lists the tensors that hold NaN or infinity; `progress` names its progress bar. Raises CheckpointError (a
-    ValueError) for what is damaged or no such model, saying what it is, FileNotFoundError for what is not there.
+    ValueError) for a damaged file or an unsupported model, with its kind, FileNotFoundError for a missing one.
     """
     root = resolve(path, download=False)
     index = (read_json(root / "model_index.json") if root.is_dir() else None) or {}
@@ -115,7 +115,7 @@ def inspect_checkpoint(path: str | os.PathLike, check_numbers: bool = False, pro
 
 
 def _find_in_folder(root: Path, index: dict) -> tuple[list[Found], dict[str, str]]:
-    """The components of a folder, and what else lies there."""
+    """The components of a folder, and its other weight files."""
     if index.get("_class_name") and _family_of(index) is None:
         raise CheckpointError(f"{root} is a {index['_class_name']}, expected a FluxPipeline or a "
                               "StableDiffusion3Pipeline: give a FLUX.1 or SD3 checkpoint")
@@ -139,7 +139,7 @@ def _find_in_folder(root: Path, index: dict) -> tuple[list[Found], dict[str, str
     if not found:
         for file, what in beside.items():
             raise CheckpointError(f"{root / file} {what}")
-        find_weights(root)  # says what it holds instead
+        find_weights(root)  # raises, listing what the folder holds
     return found, beside
 
 
@@ -165,7 +165,7 @@ def _modules_in(weights: Path, place: Path | None = None) -> list[Found]:
 
 
 def _role(one: Found) -> str:
-    """The module's role; of a CLIP of unusual width, what its file or folder is called tells which."""
+    """The module's role; for a CLIP of unusual width it follows from the file's or folder's name."""
     if one.module.role != "clip":
         return one.module.role
     name = one.place.name.lower()
@@ -175,9 +175,9 @@ def _role(one: Found) -> str:
 
 def _describe(one: Found, root: Path) -> Component:
     module, place = one
-    table = module.layout.find("position_table", Sizes())[0] if module.kind is SD3 else []  # is no parameter
+    table = module.layout.find("position_table", Sizes())[0] if module.kind is SD3 else []  # not a parameter
     dtypes = {}
-    for entry in sorted(module.entries.values(), key=lambda entry: -entry.nbytes):  # that of the largest stands first
+    for entry in sorted(module.entries.values(), key=lambda entry: -entry.nbytes):  # the largest tensor's dtype first
         word = f"{entry.dtype} scaled" if entry.scale else entry.dtype
         dtypes[word] = dtypes.get(word, 0) + 1
     stored = [entry for whole in module.entries.values() for entry in (whole, whole.scale) if entry]
@@ -190,7 +190,7 @@ def _describe(one: Found, root: Path) -> Component:
 
 
 def _variant(module: Recognized) -> str:
-    """The public checkpoints that have this transformer's sizes; where there are several, the one it is called."""
+    """The public checkpoints with this transformer's sizes; of several, the one that the file's name suggests."""
     file = next(iter(module.entries.values())).file
     stored = Shapes(module.entries, module.layout, module.prefix)
     try:
@@ -213,7 +213,7 @@ def _family_of(index: dict) -> str | None:
 
 
 def _tokenizers(root: Path) -> dict[str, str]:
-    """Folder or file: of which kind."""
+    """The kind of tokenizer by folder or file."""
     found = {}
     for name in ("tokenizer/", "tokenizer_2/", "tokenizer_3/", "tokenizer.json", "spiece.model"):
         place = root / name
@@ -228,7 +228,7 @@ def _tokenizers(root: Path) -> dict[str, str]:
 
 
 def _lacking(family: str | None, have: list[str]) -> dict[str, str]:
-    """What of a pipeline is not among what we have: where the public has it."""
+    """The parts of a pipeline that are not in `have`, and the public files that have them."""
     lacking, have = {}, list(have)
     for name, what, public in NEEDS.get(family, ()):
         if what in have:
@@ -239,7 +239,7 @@ def _lacking(family: str | None, have: list[str]) -> dict[str, str]:
 
 
 def _not_finite(found: list[Found], root: Path, progress: str | None) -> tuple[str, ...]:
-    """The names of the tensors that hold NaN or infinity, in a folder with their files."""
+    """The names of the tensors that hold NaN or infinity; for a folder, after the file's name."""
     entries = [entry for one in found for whole in one.module.entries.values() for entry in (whole, whole.scale)
                if entry and entry.dtype in DTYPES]
     bad = []
@@ -253,6 +253,6 @@ def _not_finite(found: list[Found], root: Path, progress: str | None) -> tuple[s
 
 
 def _is_finite(piece: torch.Tensor) -> bool:
-    """By least and greatest, which are NaN where any number is."""
+    """From minimum and maximum, which are NaN if any number is."""
     ends = torch.aminmax(piece.float() if piece.element_size() == 1 else piece)
     return bool(torch.stack(ends).isfinite().all())

@@ -1,4 +1,4 @@
-"""The kinds of modules that checkpoints hold, and which of them a file holds: told by names alone."""
+"""The kinds of modules that checkpoints hold, and recognizing them in a file by tensor names alone."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ from .names_transformer import FLUX_HUB, FLUX_ORIGINAL, SD3_HUB, SD3_ORIGINAL
 
 
 class Kind(NamedTuple):
-    """What loading and saving need to know of one kind of module."""
+    """What loading and saving use of one kind of module."""
 
     name: str
     module: type[nn.Module]
@@ -35,10 +35,10 @@ class Kind(NamedTuple):
     hub: Layout
     stem: str  # the hub's name of the weight file
     from_hub: Callable[[configs.Json], configs.Config]
-    fields: Callable[[shapes.Shapes], dict]  # what the stored shapes settle
-    rest: Callable[[shapes.Shapes, dict], dict]  # what else the public checkpoints have
+    fields: Callable[[shapes.Shapes], dict]  # config values that the stored shapes determine
+    rest: Callable[[shapes.Shapes, dict], dict]  # the other values, as in the public checkpoints
     bare: Layout | None = None  # a second hub layout, for reading
-    identity: str | None = None  # our tensor that is the identity where a config asks for it and the file has none
+    identity: str | None = None  # our tensor that is the identity if the config has it and the file does not
 
     @property
     def layouts(self) -> list[Layout]:
@@ -58,18 +58,18 @@ T5_TEXT = Kind("T5 encoder", T5Encoder, T5Config, T5_LAYOUT, T5_LAYOUT, "model",
                shapes.t5_rest)
 KINDS = (FLUX, SD3, AUTOENCODER, CLIP_TEXT, T5_TEXT)
 
-# The beginnings of the names of each module in files that hold several.
+# The prefixes of each module's names in merged files.
 ROOTS = ("model.diffusion_model.", "first_stage_model.", "vae.", "text_encoders.clip_l.", "text_encoders.clip_g.",
          "text_encoders.t5xxl.")
 
 CLIP_WIDTHS = {768: "clip_l", 1280: "clip_g"}
 
-# Names that only models of other kinds have, and what such a model is. The first that fits counts.
+# Patterns of names that only unsupported models have, and what such a model is. The first match counts.
 FOREIGN = [
     (r"lora|dora_|hada_w|lokr_w", "a LoRA, a small change to a model: give the model itself"),
-    (r"^controlnet_|^input_hint_block|^control_model\.", "a ControlNet: give the model that it steers"),
+    (r"^controlnet_|^input_hint_block|^control_model\.", "a ControlNet: give the model that it controls"),
     (r"\.absmax$|\.quant_map$|\.qweight$|\.bitsandbytes__", "quantized to 4 or 8 bits: give a float8 or wider release"),
-    (r"^vision_model\.", "a whole CLIP, pictures included: give its text encoder"),
+    (r"^vision_model\.", "a whole CLIP with its image encoder: give its text encoder"),
     (r"_stream_modulation", "FLUX.2, another family: give a FLUX.1 or SD3 checkpoint"),
     (r"distilled_guidance_layer", "Chroma, a FLUX.1 without modulation layers: give a FLUX.1 or SD3 checkpoint"),
     (r"(^|\.)label_emb\.|^add_embedding\.|^conditioner\.",
@@ -80,7 +80,7 @@ FOREIGN = [
 
 
 class Recognized(NamedTuple):
-    """One module in a file: its kind, in which layout, under which prefix, its entries under the layout's names."""
+    """One module in a file: its kind, layout and prefix, and its tensors' entries under the layout's names."""
 
     kind: Kind
     layout: Layout
@@ -98,25 +98,26 @@ class Recognized(NamedTuple):
 
 
 def recognize(entries: Mapping[str, TensorEntry]) -> list[Recognized]:
-    """Every module of a kind we know."""
+    """The modules of known kinds in a file."""
     found = [
         (kind, layout, prefix)
         for kind in KINDS for layout in kind.layouts for prefix in (*layout.prefixes, "")
         if prefix + layout.sign in entries
     ]
     bare = any(not prefix for *_, prefix in found)
-    return [Recognized(kind, layout, prefix, _own(entries, layout, prefix, strangers=not (prefix and bare)))
+    return [Recognized(kind, layout, prefix, _own(entries, layout, prefix, unprefixed=not (prefix and bare)))
             for kind, layout, prefix in found]
 
 
-def _own(entries: Mapping[str, TensorEntry], layout: Layout, prefix: str, strangers: bool) -> dict[str, TensorEntry]:
-    """What begins as this module's names do and, with `strangers`, what begins as no module's.
+def _own(entries: Mapping[str, TensorEntry], layout: Layout, prefix: str, unprefixed: bool) -> dict[str, TensorEntry]:
+    """The entries under this module's prefix and, with `unprefixed`, those under no known prefix.
 
-    These are the module's that has no prefix; in a file where all have one, each reports them with their full names.
+    The latter belong to the module without a prefix. In a file where every module has one they belong to none: each
+    module reports them as unknown, under their full names.
     """
     roots = tuple(root for root in ROOTS if prefix.startswith(root))
     own = {name.removeprefix(prefix): entry for name, entry in entries.items()
-           if name.startswith(roots) or strangers and not name.startswith(ROOTS)}
+           if name.startswith(roots) or unprefixed and not name.startswith(ROOTS)}
     for copy, name in layout.copies.items():
         if copy in own:
             own.setdefault(name, own.pop(copy))
@@ -124,6 +125,6 @@ def _own(entries: Mapping[str, TensorEntry], layout: Layout, prefix: str, strang
 
 
 def foreign(names: Iterable[str]) -> str | None:
-    """What a checkpoint of another kind is, and what to do; None where nothing tells."""
+    """What an unsupported checkpoint is, and what to do; None if no pattern matches."""
     names = list(names)
     return next((what for pattern, what in FOREIGN if any(re.search(pattern, name) for name in names)), None)

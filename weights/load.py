@@ -1,4 +1,4 @@
-"""Checkpoints <-> modules: recognize the layout, settle the config, check every tensor, fill; and the way back."""
+"""Load checkpoints into modules: recognize the layout, find the config, check every tensor, read. And save modules."""
 
 import os
 from pathlib import Path
@@ -35,10 +35,10 @@ def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: t
 
     Without `config` the sizes come from config.json or, for an original file, from its names and shapes; 64-wide
     heads are assumed where no q/k norm shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads.
-    A config must agree with the tensors. Parameters are read one by one, straight into `dtype` on `device`; `dtype`
-    None keeps what is stored. `keep_float8`: matrices of the blocks that are stored in float8 stay so and are widened
-    layer by layer as they are used (always with `dtype` None). The other modules of a merged file are passed over.
-    Raises CheckpointError (a ValueError) for what does not fit, FileNotFoundError for a missing file.
+    A config must agree with the tensors. Parameters are read one by one, directly into `dtype` on `device`; `dtype`
+    None keeps the stored dtype. `keep_float8` keeps float8 weights of the blocks in float8 and converts each layer's
+    when it runs (always so with `dtype` None). The other modules of a merged file are ignored.
+    Raises CheckpointError (a ValueError) for a file that does not fit, FileNotFoundError for a missing one.
     """
     return open_transformer(path, config).load(dtype, device, keep_float8)
 
@@ -57,7 +57,7 @@ def load_autoencoder(path: PathLike, config: AutoencoderConfig | None = None, dt
 def load_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, dtype: torch.dtype | None = None,
                       device: str | torch.device = "cpu", keep_float8: bool = False,
                       which: Role | None = None) -> ClipTextEncoder | T5Encoder:
-    """A CLIP or T5 text encoder, whichever the names say, from a file or from a `text_encoder*/` folder.
+    """A CLIP or T5 text encoder, told apart by tensor names, from a file or a `text_encoder*/` folder.
 
     `which` chooses in a merged file that holds several. An original CLIP file does not hold everything: without
     `config` heads are 64 wide, the activation is quick_gelu at width 768 (CLIP-L) and gelu otherwise (CLIP-G), the
@@ -68,18 +68,18 @@ def load_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = Non
 
 
 def open_transformer(path: PathLike, config: MMDiTConfig | None = None) -> Stored:
-    """What `load_transformer` would load, by its headers: `.config`, and `.load(dtype, device, keep_float8)`."""
+    """The transformer as its headers describe it: `.config`, and `.load(dtype, device, keep_float8)`."""
     return find_stored((FLUX, SD3), path, "transformer", config=config)
 
 
 def open_autoencoder(path: PathLike, config: AutoencoderConfig | None = None,
                      family: Literal["flux", "sd3"] | None = None) -> Stored:
-    """What `load_autoencoder` would load, by its headers. `family` says whose latents a file without config has."""
+    """The autoencoder as its headers describe it; `family` sets scaling and shift for a file without config."""
     return find_stored((AUTOENCODER,), path, "vae", config=config, family=family)
 
 
 def open_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, which: Role | None = None) -> Stored:
-    """What `load_text_encoder` would load, by its headers."""
+    """The text encoder as its headers describe it."""
     if which not in (None, "clip_l", "clip_g", "t5"):
         raise CheckpointError(f"which must be clip_l, clip_g or t5, got {which!r}")
     return find_stored((CLIP_TEXT, T5_TEXT), path, which=which, config=config)
@@ -90,8 +90,8 @@ def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "
     """Store an MMDiT as one file under its family's original names, or as a hub `transformer/` folder.
 
     "original": `path` ends in .safetensors; SD3's names carry their prefix. "hub": `path` is a folder that
-    diffusers' `from_pretrained` reads; more than `max_shard_bytes` are split into shards. What was at `path` is
-    replaced as a whole, once everything is written. Raises CheckpointError (a ValueError) for a model that the
+    diffusers' `from_pretrained` reads; more than `max_shard_bytes` are split into shards. A checkpoint that is at
+    `path` is replaced once everything is written. Raises CheckpointError (a ValueError) for a model that the
     layout cannot express, or a path that holds anything but a checkpoint.
     """
     kind = FLUX if model.config.position == "rope" else SD3
@@ -102,8 +102,8 @@ def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["origin
                      max_shard_bytes: int | None = None) -> None:
     """Store an autoencoder as one file or as a hub `vae/` folder; see `save_transformer`.
 
-    "original": under SD3's prefix if its latents are scaled as SD3's, without a prefix, as FLUX.1's, otherwise. The
-    file does not say how they are scaled: for neither family's numbers, load it with a config.
+    "original": with SD3's prefix if its latents have SD3's scaling and shift, otherwise without a prefix, as FLUX.1's.
+    The file does not store scaling and shift: if they are neither family's, load it with a config.
     """
     latents = {"shift": model.config.shift, "scaling": model.config.scaling}
     prefix = AUTOENCODER.original.prefix if latents == shapes.LATENTS["sd3"] else ""
@@ -125,8 +125,8 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
     names = kind.hub if layout == "hub" else kind.original
     for key, value in names.needs.items():
         if getattr(model.config, key) != value:
-            raise CheckpointError(f"the {names.name} layout takes {key} {value!r} for granted, this model has "
-                                  f"{getattr(model.config, key)!r}: it cannot be stored so")
+            raise CheckpointError(f"the {names.name} layout requires {key} {value!r}, this model has "
+                                  f"{getattr(model.config, key)!r}: it cannot be stored in it")
     for name, module in model.named_modules():
         if isinstance(module, Float8Linear) and module.scale is not None:
             raise CheckpointError(f"{name} is float8 with a scale, which is not written: save the model that "

@@ -1,4 +1,4 @@
-"""From what a user names to the tensors there: a file, a hub folder, the folder around it, or a name on the hub."""
+"""Find the tensors at a user's path: a file, a hub folder, the folder around it, or a name on the hub."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ STEMS = ("diffusion_pytorch_model", "model")  # how the hub names weight files: 
 
 @dataclass
 class Checkpoint:
-    """What lies at a path: every tensor's entry, and the hub's config.json beside the weights."""
+    """The checkpoint at a path: every tensor's entry, and the hub's config.json beside the weights."""
 
-    path: Path  # what error messages name
+    path: Path  # for error messages
     entries: dict[str, TensorEntry]
     config: dict[str, Any] | None
 
@@ -27,22 +27,22 @@ def open_checkpoint(path: str | Path, component: str | None = None,
     """Find and list the weights at `path`: a .safetensors file, a folder of the hub's layout, a folder that holds
     such a folder named `component`, or a name on the hub (see `hub.resolve`).
 
-    `wanted` chooses where a folder holds several checkpoints. Raises FileNotFoundError for a missing file or shard,
-    CheckpointError for a file that is damaged, a pickle, or not clearly the one meant.
+    `wanted` selects among several checkpoints in a folder. Raises FileNotFoundError for a missing file or shard,
+    CheckpointError for a damaged file, a pickle, or an ambiguous path.
     """
     path = resolve(path, component)
     if path.is_dir() and component and (path / component).is_dir():
         path = path / component
     weights = find_weights(path, wanted) if path.is_dir() else path
     if path.is_dir() and weights.parent == path and not weights.name.startswith(STEMS):
-        path = weights  # an original file that lies in a folder
-    is_hub = path.is_dir() or weights.name.startswith(STEMS)  # beside an original file, a config.json is not its own
+        path = weights  # an original file in a folder
+    is_hub = path.is_dir() or weights.name.startswith(STEMS)  # beside an original file, config.json is another's
     config = read_json(weights.parent / "config.json") if is_hub else None
     return Checkpoint(path, list_tensors(weights), config)
 
 
 def list_tensors(weights: Path) -> dict[str, TensorEntry]:
-    """The entries of one file, or of all shards that an index names."""
+    """The entries of one file, or of all shards that an index lists."""
     return attach_scales(_read_index(weights) if weights.suffix == ".json" else read_header(weights))
 
 
@@ -61,7 +61,7 @@ def find_weights(folder: Path, wanted: Callable[[Mapping[str, TensorEntry]], boo
         if found:
             raise CheckpointError(f"{folder} holds {len(found)} checkpoints: give one, such as {found[0]}")
     if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
-        read_header(pickles[0])  # says why not
+        read_header(pickles[0])  # raises for pickles
     inner = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir())) or "none"
     raise FileNotFoundError(f"{folder} holds no .safetensors file: give the file or its folder (folders here: {inner})")
 
@@ -77,7 +77,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _read_index(index: Path) -> dict[str, TensorEntry]:
-    """The tensors of all shards that a hub index names."""
+    """The tensors of all shards that a hub index lists."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f'{index} has no "weight_map" from tensor names to files: download it again')
@@ -85,7 +85,7 @@ def _read_index(index: Path) -> dict[str, TensorEntry]:
     for shard in sorted(set(weight_map.values())):
         if shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             raise CheckpointError(f"{index} points to {shard!r}, outside its own folder: do not trust this download")
-        if not os.path.isfile(index.parent / shard):  # which takes names that are too long, too
+        if not os.path.isfile(index.parent / shard):  # False for names that are too long, too
             raise FileNotFoundError(f"{index.parent / shard} is missing, which {index.name} names: download it again")
         shards[shard] = read_header(index.parent / shard)
     unlisted = [(name, shard) for shard, entries in shards.items() for name in entries if name not in weight_map]
@@ -96,7 +96,7 @@ def _read_index(index: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise CheckpointError(f"{index.parent / shard} lacks tensor {name}, which {index.name} promises: "
+            raise CheckpointError(f"{index.parent / shard} lacks tensor {name}, which {index.name} lists: "
                                   "download both again")
         entries[name] = shards[shard][name]
     return entries

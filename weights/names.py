@@ -4,14 +4,14 @@ A table is a list of rows (ours, theirs) or (ours, theirs, transform), one table
 
 - `{i}`, `{l}`, … (one letter) stand for a number, the same on both sides: a block, a level. `{half}` stands for
   encoder or decoder. `{last}` is the last dual block or level, `{last-l}` level l counted from the other end.
-- A row of stems covers `.weight` and `.bias`; a row with an ending covers that tensor alone. The first row that fits
-  a name of ours counts.
-- `theirs` is one name, or several whose tensors are joined on axis 0 to make ours: all but the last have as many rows
-  as the attention is wide, the last has the rest.
-- The transform says how the stored numbers differ from ours.
+- A row of stems covers `.weight` and `.bias`; a row with an ending covers that tensor alone. The first row that
+  matches a name of ours counts.
+- `theirs` is one name, or several whose tensors are concatenated on axis 0 to make ours: all but the last have as many
+  rows as the attention is wide, the last has the rest.
+- The transform converts the stored tensor to ours and back.
 
-Which tensors exist is the module's own business: names are looked up for what its `state_dict` holds, so a table has
-no conditions. Looking up on the meta device gives a layout's exact names and shapes without any numbers.
+Which tensors exist depends on the module: names are looked up for the entries of its `state_dict`, so a table has no
+conditions. For a module on the meta device the lookup gives a layout's exact names and shapes without using memory.
 """
 
 import re
@@ -30,14 +30,14 @@ class CheckpointError(ValueError):
 
 
 class Transform(NamedTuple):
-    """Two inverse functions of a tensor and the patch size p (which only the patch transforms look at)."""
+    """Two inverse functions of a tensor and the patch size p (which only the patch transforms use)."""
 
     read: Callable[[Tensor, int], Tensor]  # theirs -> ours
     write: Callable[[Tensor, int], Tensor]  # ours -> theirs
 
 
 def _swap_halves(x: Tensor, p: int) -> Tensor:
-    if x.is_meta:  # the shape alone, without the second that torch takes to set up arithmetic there
+    if x.is_meta:  # the shape is the same, and the first arithmetic on meta takes torch a second
         return x
     first, second = x.chunk(2)
     return torch.cat([second, first])
@@ -68,7 +68,7 @@ CONV_1X1 = Transform(
 
 
 class Sizes(NamedTuple):
-    """What a table leaves to the module at hand."""
+    """The sizes of a module that its name table depends on."""
 
     width: int = 0  # of the attention: rows of q, of k, of v
     last: int = 0  # the last dual block or level
@@ -81,12 +81,12 @@ class Layout:
 
     name: str
     rows: list[tuple]
-    sign: str  # a name that tells files of this layout from all others
-    prefixes: tuple[str, ...] = ()  # before every name in files that hold several modules; read without it too
+    sign: str  # a name that only files of this layout have
+    prefixes: tuple[str, ...] = ()  # before every name in merged files; files without them are read too
     prefix: str = ""  # the one that is written
-    ignored: tuple[str, ...] = ()  # endings of names that hold nothing the module needs
-    copies: Mapping[str, str] = field(default_factory=dict)  # second names: a file may use either or both
-    needs: Mapping[str, object] = field(default_factory=dict)  # config values that this layout takes for granted
+    ignored: tuple[str, ...] = ()  # endings of the names of tensors that the module does not use
+    copies: Mapping[str, str] = field(default_factory=dict)  # alternative names: a file may use either or both
+    needs: Mapping[str, object] = field(default_factory=dict)  # config values that this layout requires
 
     def find(self, ours: str, sizes: Sizes) -> tuple[list[str], Transform]:
         """The names under which the layout stores our tensor `ours`, and the transform between.

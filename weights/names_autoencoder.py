@@ -2,7 +2,7 @@
 
 Both number the encoder's levels from fine to coarse. The hub numbers the decoder's in running order, as we do; the
 original numbers them like the encoder's, so its last level runs first. The original's attention is made of 1 x 1
-convolutions. An original SD3 file holds the transformer beside it; FLUX.1's `ae.safetensors` has no prefix, merged
+convolutions. An original SD3 file holds the transformer too; FLUX.1's `ae.safetensors` has no prefix, merged
 FLUX.1 files have `vae.`.
 """
 

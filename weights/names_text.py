@@ -31,7 +31,7 @@ def _bare(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return name.removeprefix("text_model.") if isinstance(name, str) else tuple(map(_bare, name))
 
 
-# transformers 5 writes a CLIP without projection so; it reads both.
+# The names that transformers 5 writes for a CLIP without projection; it reads both.
 CLIP_BARE = replace(
     CLIP_LAYOUT,
     name="CLIP of transformers 5",

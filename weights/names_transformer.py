@@ -1,6 +1,6 @@
 """The transformer's names in the two families' original files and on the hub (grammar: `names`).
 
-Original FLUX.1: one file, nothing before the names; merged files have SD3's prefix. Original SD3: one file that holds
+Original FLUX.1: one file, names without a prefix; merged files have SD3's prefix. Original SD3: one file that holds
 the autoencoder too. The hub splits what the originals fuse (q, k, v), and stores a modulation without a gate as
 (scale, shift).
 """
@@ -83,7 +83,7 @@ SD3_ORIGINAL = Layout(
     ],
 )
 
-# What the hub names alike in both families.
+# The rows that both families share on the hub.
 _HUB_ROWS = [
     ("context_in", "context_embedder"),
     ("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),

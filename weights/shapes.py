@@ -1,7 +1,7 @@
 """Sizes of a module from the names and shapes of its stored tensors, for files that come without a config.json.
 
-For each kind of module: `*_fields`, what the tensors settle (and a config must agree with), and `*_rest`, what they
-leave open, filled in as the public checkpoints have it.
+For each kind of module: `*_fields`, the config values that the tensors determine (a given config must agree with them),
+and `*_rest`, the other values, as in the public checkpoints.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from .names import CheckpointError, Layout, Sizes
 
 Fields = dict[str, Any]
 
-# What an autoencoder's latents are shifted and scaled by is not in its file. The single files of SD3 have a prefix.
+# Shift and scaling of the latents, which an autoencoder's file does not store.
 LATENTS = {"flux": {"shift": 0.1159, "scaling": 0.3611}, "sd3": {"shift": 0.0609, "scaling": 1.5305}}
 
 
 class Shapes:
-    """Shapes of stored tensors under our names; of several that make one of ours, the first's."""
+    """Shapes of stored tensors under our names; of several that are concatenated to ours, that of the first."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], layout: Layout, prefix: str = ""):
         self.entries, self.layout, self.prefix = entries, layout, prefix
@@ -27,7 +27,7 @@ class Shapes:
     def get(self, ours: str) -> tuple[int, ...] | None:
         try:
             entry = self.entries.get(self.layout.find(ours, Sizes())[0][0])
-        except CheckpointError:  # the layout has no such thing
+        except CheckpointError:  # the layout has no such tensor
             return None
         return entry.shape if entry else None
 
@@ -45,7 +45,7 @@ class Shapes:
         return shape
 
     def count(self, ours: str) -> int:
-        """How many blocks there are, counted by a tensor each has."""
+        """The number of blocks, counted by a tensor that each has."""
         return next(i for i in count() if ours.format(i) not in self)
 
 
@@ -77,8 +77,8 @@ def transformer_rest(shapes: Shapes, found: Fields) -> Fields:
     rest = {"num_heads": heads, "mlp_ratio": shapes["dual_blocks.0.image.mlp.in_layer.weight"][0] / width}
     if found["position"] == "rope" and width // heads != 128:
         raise CheckpointError(
-            f"heads are {width // heads} wide, and the file does not say how rotary positions divide them (only for "
-            "128 is it known: 16, 56, 56): give config=MMDiTConfig(..., rope_axes=...)"
+            f"heads are {width // heads} wide, and the file does not say how rotary positions divide them (known "
+            "only for 128: 16, 56, 56): give config=MMDiTConfig(..., rope_axes=...)"
         )
     return rest
 

@@ -1,4 +1,4 @@
-"""A module in a checkpoint, recognized, its config settled and every tensor checked, before a number is read."""
+"""Find a module in a checkpoint, determine its config and check every tensor, before any data are read."""
 
 import copy
 from collections.abc import Mapping
@@ -20,22 +20,22 @@ Role = Literal["clip_l", "clip_g", "t5"]
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What the headers tell of one module. `load` reads the numbers, as often as it is called."""
+    """One module of a checkpoint, as its headers describe it. Each call of `load` reads the data."""
 
     path: Path
     config: configs.Config
     recognized: Recognized
     skeleton: nn.Module  # on the meta device; without the projection that `identity` stands for
-    identity: int | None = None  # width of a projection that the file has not and that is the identity
+    identity: int | None = None  # width of a projection that the file lacks: it is set to the identity
 
     @property
     def narrowest(self) -> torch.dtype:
-        """The dtype of fewest bytes in which a tensor of it is stored."""
+        """The smallest stored dtype, in bytes."""
         return min(self._dtypes, key=lambda dtype: dtype.itemsize)
 
     @property
     def widest(self) -> torch.dtype:
-        """The dtype of most bytes."""
+        """The largest stored dtype, in bytes."""
         return max(self._dtypes, key=lambda dtype: dtype.itemsize)
 
     @property
@@ -44,14 +44,14 @@ class Stored:
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
              keep_float8: bool = False) -> nn.Module:
-        """The module, each parameter read straight into `dtype` (None: as stored) on `device`; see `load_transformer`.
+        """The module, each parameter read directly into `dtype` (None: as stored) on `device`; see `load_transformer`.
 
-        Raises CheckpointError for a dtype that nothing computes in.
+        Raises CheckpointError for a dtype that is not for computation, such as float8.
         """
         if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
             raise CheckpointError(f"dtype must be one to compute in, such as torch.bfloat16, got {dtype}: float8 "
                                   "matrices are kept by keep_float8=True")
-        model, sizes = _twin(self.skeleton), configs.sizes_of(self.config)
+        model, sizes = _copy_tree(self.skeleton), configs.sizes_of(self.config)
         if keep_float8 or dtype is None:
             fill.keep_float8(model, self.recognized.layout, sizes, self.recognized.entries)
         fill.fill(model, self.recognized.layout, sizes, self.recognized.entries, dtype, device)
@@ -63,23 +63,26 @@ class Stored:
         return model
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A module with dictionaries of its own over the same tensors, which are replaced next: a deep copy takes long."""
-    twin = copy.copy(module)
-    twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
-    twin._modules = {name: child and _twin(child) for name, child in module._modules.items()}
-    return twin
+def _copy_tree(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares its tensors, which are replaced next; a deep copy would be slow."""
+    tree = copy.copy(module)
+    tree.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
+    tree._modules = {name: child and _copy_tree(child) for name, child in module._modules.items()}
+    return tree
 
 
 def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = None, which: Role | None = None,
                 config: configs.Config | None = None, family: str | None = None) -> Stored:
-    """Find, recognize and check. `folder` is the component's in a hub pipeline, `which` the text encoder's role;
-    `family` says whose latents an autoencoder without config.json has."""
+    """Find a module of one of the `kinds`, determine its config and check its tensors.
+
+    `folder` is the component's folder in a hub pipeline, `which` the text encoder's role; `family` sets scaling and
+    shift of an autoencoder without config.json.
+    """
     checkpoint = open_checkpoint(path, folder, lambda entries: bool(_of_kinds(recognize(entries), kinds, which)))
     recognized = _choose(checkpoint, kinds, which)
     given = config is not None
-    config = _settle_config(recognized, checkpoint, config, family)
-    with torch.device("meta"):  # names and shapes, no numbers
+    config = _find_config(recognized, checkpoint, config, family)
+    with torch.device("meta"):  # names and shapes, no memory
         skeleton = recognized.kind.module(config)
     ours, sizes, identity = skeleton.state_dict(), configs.sizes_of(config), None
     projection = recognized.kind.identity
@@ -95,7 +98,7 @@ def find_stored(kinds: tuple[Kind, ...], path: str | Path, folder: str | None = 
 
 def roles(path: str | Path) -> list[str]:
     """The modules in a file, or in a hub folder of one: transformer, autoencoder, clip_l, clip_g, t5, or clip for a
-    CLIP text encoder of sizes of its own. Empty where there is none that we know; errors as in `load_transformer`."""
+    CLIP text encoder of unusual sizes. Empty if none is recognized; errors as in `load_transformer`."""
     return [one.role for one in recognize(open_checkpoint(path).entries)]
 
 
@@ -104,13 +107,13 @@ def _module(parameter: str) -> str:
 
 
 def _of_kinds(modules: list[Recognized], kinds: tuple[Kind, ...], which: Role | None) -> list[Recognized]:
-    """The modules of these kinds, and of this role as far as it shows."""
+    """The modules of these kinds and, as far as it can be told, of this role."""
     roles = (None, which, *(("clip",) if which in ("clip_l", "clip_g") else ()))
     return [one for one in modules if one.kind in kinds and (which is None or one.role in roles)]
 
 
 def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None) -> Recognized:
-    """The one module that is meant."""
+    """The one module of these kinds and this role. Raises CheckpointError if there are none or several."""
     modules = recognize(checkpoint.entries)
     found = _of_kinds(modules, kinds, which)
     has_transformer = any(one.kind in (FLUX, SD3) for one in modules)
@@ -133,9 +136,9 @@ def _choose(checkpoint: Checkpoint, kinds: tuple[Kind, ...], which: Role | None)
                           "part of the model, or one of several shards?")
 
 
-def _settle_config(recognized: Recognized, checkpoint: Checkpoint, config: configs.Config | None,
-                   family: str | None) -> configs.Config:
-    """The caller's config, config.json's, or the one the shapes tell, in this order; the shapes must agree."""
+def _find_config(recognized: Recognized, checkpoint: Checkpoint, config: configs.Config | None,
+                 family: str | None) -> configs.Config:
+    """The given config, else that of config.json, else the one that follows from the shapes; it must fit the shapes."""
     kind, stored = recognized.kind, shapes.Shapes(recognized.entries, recognized.layout, recognized.prefix)
     try:
         if config is not None and not isinstance(config, kind.config):
@@ -156,7 +159,7 @@ def _settle_config(recognized: Recognized, checkpoint: Checkpoint, config: confi
 
 
 def _compare(checkpoint: Checkpoint, recognized: Recognized, wanted: Mapping[str, Tensor]) -> None:
-    """Every wanted tensor is there, in its shape, and no other."""
+    """Check that the file has exactly the wanted tensors, each in its shape and a supported dtype."""
     where, entries = f"{checkpoint.path} ({recognized.layout.name} layout)", recognized.entries
     if missing := [name for name in wanted if name not in entries]:
         raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first "

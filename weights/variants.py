@@ -1,20 +1,20 @@
-"""Variants of the same sizes, FLUX.1-dev and Kontext, SD3.5-large and turbo, are told apart by what they are called."""
+"""Variants of equal sizes (FLUX.1-dev and Kontext, SD3.5-large and turbo), told apart by file and folder names."""
 
 import re
 from collections.abc import Collection
 from pathlib import Path
 
-CALLED = [  # a pattern in lower case; the first that fits counts
+CALLED = [  # public name, pattern in lower case; the first match counts
     ("flux1-kontext-dev", r"kontext"), ("flux1-dev", r"flux[^a-z]*dev(?![a-z])"),
     ("sd3.5-large-turbo", r"turbo"), ("sd3.5-large", r"3[._]?5[^a-z]*large(?![a-z])"),
 ]
 
 
 def told_by_name(candidates: Collection[str], path: Path) -> str | None:
-    """Which of the public names a checkpoint's file or folder, or one of those around it, suggests; None: nothing does.
+    """The candidate that the name of a checkpoint's file or folder, or of a folder around it, suggests; None: none.
 
-    One candidate alone is it. The nearest name counts. Four folders up: in a hub's cache a repository's is
-    models--org--name/snapshots/<hash>/transformer.
+    A single candidate needs no name. The nearest name counts, at most four folders up: a repository in the hub's cache
+    is models--org--name/snapshots/<hash>/transformer.
     """
     if len(candidates) == 1:
         return next(iter(candidates))

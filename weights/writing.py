@@ -1,4 +1,4 @@
-"""Writing safetensors files and hub folders: the whole of it, or nothing."""
+"""Write safetensors files and hub folders atomically: an error leaves nothing behind."""
 
 import json
 import os
@@ -19,7 +19,7 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one .safetensors file: the whole of it or, on any error, nothing. An existing file is replaced."""
+    """Write one .safetensors file or, on any error, nothing. An existing file is replaced."""
     if path.suffix != ".safetensors" or path.is_dir():
         raise CheckpointError(f"{path}: the original layout is one file, so give a name that ends in .safetensors")
     with _scratch_beside(path) as scratch:
@@ -29,7 +29,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], stem: str,
                  max_shard_bytes: int | None = None) -> None:
-    """Write a hub folder (weights named after `stem`, config.json): the whole of it or, on any error, nothing.
+    """Write a hub folder (weights named after `stem`, config.json) or, on any error, nothing.
 
     More than `max_shard_bytes` go into shards with an index. An existing checkpoint folder is replaced; raises
     CheckpointError where `path` is a file, or a folder with anything else in it.
@@ -67,7 +67,7 @@ def _is_checkpoint_part(file: Path) -> bool:
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]:
-    """The names in order, cut so that no shard exceeds `limit` bytes unless a single tensor does."""
+    """The names in order, split so that no shard exceeds `limit` bytes unless a single tensor does."""
     if limit is not None and limit < 1:
         raise CheckpointError(f"max_shard_bytes must be at least 1, got {limit}")
     shards, room = [[]], limit
@@ -82,7 +82,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[list[str]]
 
 @contextmanager
 def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk as `target`, gone afterwards whatever happens."""
+    """A temporary folder on the same disk as `target`, always removed afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.{uuid4().hex[:8]}.partial"
     scratch.mkdir()
@@ -93,11 +93,11 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[torch.dtype, str] = WORDS) -> None:
-    """The format: the header's length in 8 bytes, the header in JSON, then the numbers, one tensor after the other.
+    """Write the format: the header's length in 8 bytes, the header in JSON, then the data, one tensor after the other.
 
-    Written here rather than by the library so that one tensor at a time passes through memory, from any device.
+    Done here rather than by the library, so that only one tensor at a time is copied to the CPU's memory.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # wide first: all lie aligned
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # widest first: all are aligned
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         if tensor.dtype not in words:

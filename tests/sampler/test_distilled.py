@@ -12,7 +12,7 @@ from small_pipelines import assert_same_pictures
 import weights
 from sampler import Pipeline, euler, sigmas, starting_noise
 from training import tiny_flux, tiny_turbo
-from training.teacher import FluxReader, Teacher
+from training.teacher import FluxTextEncoders, Teacher
 from weights import load_transformer
 
 FOLDER = weights.BUNDLED["tiny-sd3"]
@@ -86,7 +86,7 @@ def test_the_flux_student_starts_as_its_teacher_where_positions_say_nothing(teac
 
 
 def test_the_reader_reads_as_a_flux_pipeline_does(teacher, flux):
-    context, pooled = FluxReader(teacher)(["a small blue ring"])
+    context, pooled = FluxTextEncoders(teacher)(["a small blue ring"])
     for ours, theirs in zip((context, pooled), Pipeline.load(flux).text("a small blue ring"), strict=True):
         assert (ours - theirs).norm() <= 2**-7 * theirs.norm()  # the folder holds bfloat16
 

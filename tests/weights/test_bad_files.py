@@ -68,13 +68,13 @@ NOT_ONE_OF = r"the header's entry for tensor a\.b is not one of dtype, shape and
     ({"a.b": entry() | {"shape": None}}, NOT_ONE_OF), ({"a.b": entry() | {"shape": 2}}, NOT_ONE_OF),
     ({"a.b": entry() | {"data_offsets": [8]}}, NOT_ONE_OF), ({"a.b": entry(dtype=None)}, NOT_ONE_OF),
     ({"a.b": {}}, NOT_ONE_OF), ({"a.b": None}, NOT_ONE_OF), ({"a.b": ["F32", [2], [0, 8]]}, NOT_ONE_OF),
-    (twice("a.b", json.dumps(entry())), r"a\.b stands in it twice"),
-    (b'{"a.b": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', "shape stands in it twice"),
+    (twice("a.b", json.dumps(entry())), r"a\.b occurs in it twice"),
+    (b'{"a.b": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', "shape occurs in it twice"),
     (b'{"a.b": {"dtype": "F32", "shape": [2], "data_offsets": [-0, 8]}}', NOT_ONE_OF),
     (b'{"a.b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "x": NaN}}', "NaN is no number"),
     (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "surrogates not allowed"),
-    ({"a.b": entry(), "__metadata__": {"step": 7}}, "__metadata__ is not one of texts"),
-    ({"a.b": entry(), "__metadata__": []}, "__metadata__ is not one of texts"),
+    ({"a.b": entry(), "__metadata__": {"step": 7}}, "__metadata__ does not map names to strings"),
+    ({"a.b": entry(), "__metadata__": []}, "__metadata__ does not map names to strings"),
     ([], "it is a list"), (b"", "no JSON object"), (b"\xff\xfe", "can't decode byte"), (b"[" * 100_000, "too deeply"),
     (b'{"a.b": 1' + b"0" * 9999 + b"}", "no JSON object"),
 ])
@@ -246,7 +246,7 @@ KINDS = {
     ("clip", {"num_attention_heads": 0}, "num_attention_heads 0, expected a whole number"),
     ("clip", {"eos_token_id": 60}, "eos_token_id 60, expected one below vocab_size 60"),
     ("clip", {"eos_token_id": None}, "eos_token_id None, expected a whole number"),
-    ("clip", {"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\], expected a text"),
+    ("clip", {"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\], expected a string"),
     ("clip", {"architectures": {"0": "CLIPTextModel"}}, "describes a None, expected CLIPTextModel"),
     ("clip", {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 10**9}, "lacks 1 of .* text_pro"),
     ("t5", {"relative_attention_max_distance": 10**400}, "relative_attention_max_distance 10+.* expected a whole"),
@@ -264,5 +264,5 @@ def test_a_config_that_makes_no_sense_names_its_entry(tmp_path, kind, entries, m
 
 def test_a_config_that_is_no_json(hub):
     (hub / "config.json").write_text('{"num_layers": 3, "num_layers": 4}')
-    with pytest.raises(CheckpointError, match=r"config\.json is no JSON object \(num_layers stands in it twice\)"):
+    with pytest.raises(CheckpointError, match=r"config\.json is no JSON object \(num_layers occurs in it twice\)"):
         load_transformer(hub)

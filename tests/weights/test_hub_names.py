@@ -236,6 +236,6 @@ def test_a_repository_of_single_files_says_so(cache, monkeypatch):
 def test_unreadable_indices_are_not_whole(cache, downloads):
     folder = pipeline(cache)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(FileNotFoundError, match="no model_index.json with all that belongs to it"):
+    with pytest.raises(FileNotFoundError, match="no model_index.json with all its files"):
         resolve(NAME)
     assert len(downloads) == 1

@@ -232,7 +232,7 @@ def test_impostors_are_named(tmp_path, name, content, message):
       f"{VAE}encoder.down.0.block.0.conv1.weight": (128, 128, 3, 3)}, "is Stable Diffusion 1 or 2, whose network"),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (16, 3072)}, "is a LoRA"),
     ({"controlnet_blocks.0.weight": (3072, 3072), "single_transformer_blocks.0.attn.to_q.weight": (3072, 3072)},
-     "is a ControlNet: give the model that it steers"),
+     "is a ControlNet: give the model that it controls"),
     (shapes_of("bfl/flux1-dev") | {"img_in.weight": (3072, 384)}, "reads 384 numbers a patch and returns 64, .*Fill"),
     ({"something.else": (2,)}, "no part of FLUX.1 or SD3 that is known here .its first tensor: something.else"),
     ({}, "its first tensor: none at all"),

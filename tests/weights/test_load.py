@@ -275,10 +275,10 @@ def test_autoencoders_whose_latents_nobody_describes_need_a_config(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "layout", "message"), [
-    (replace(FLUX, num_single_blocks=0), "original", "original FLUX.1 layout takes context_ends_early False"),
-    (replace(FLUX, patch_size=1), "original", "original FLUX.1 layout takes patch_size 2"),
-    (replace(FLUX, mlp_ratio=3.0), "hub", "hub FLUX.1 layout takes mlp_ratio 4 for granted, this model has 3.0"),
-    (replace(FLUX, rope_theta=500), "hub", "hub FLUX.1 layout takes rope_theta 10000"),
+    (replace(FLUX, num_single_blocks=0), "original", "original FLUX.1 layout requires context_ends_early False"),
+    (replace(FLUX, patch_size=1), "original", "original FLUX.1 layout requires patch_size 2"),
+    (replace(FLUX, mlp_ratio=3.0), "hub", "hub FLUX.1 layout requires mlp_ratio 4, this model has 3.0"),
+    (replace(FLUX, rope_theta=500), "hub", "hub FLUX.1 layout requires rope_theta 10000"),
     (replace(SD3, num_single_blocks=1), "original", "original SD3 layout has no place for single_blocks.0"),
     (replace(SD3, guidance_embedding=True), "hub", "hub SD3 layout has no place for guidance_in"),
     (SD3, "comfy", 'layout must be "original" or "hub"'),
