@@ -13,13 +13,12 @@ OPEN = [  # each leaves most attributes to the model
     "a square, a triangle and a cross in a row",
 ]  # fmt: skip
 
-
 CHOICE = [  # others like them, on which settings are chosen; what is reported is measured on OPEN
     "a medium circle", "a large square", "a small triangle", "a large star", "a medium cross", "a small ring",
     "a circle on a teal ground", "a square at the top", "a triangle on the right", "a star on a checked ground",
-    "a cross on a plain ground", "a ring on a dotted ground", "a blue shape", "a purple shape", "a white shape at the top",
-    "a triangle and a ring", "a square above a circle", "a star left of a cross", "a ring, a cross and a circle",
-    "a star, a triangle and a square in a column",
+    "a cross on a plain ground", "a ring on a dotted ground", "a blue shape", "a purple shape",
+    "a white shape at the top", "a triangle and a ring", "a square above a circle", "a star left of a cross",
+    "a ring, a cross and a circle", "a star, a triangle and a square in a column",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The paper's experiments on the bundled checkpoints: `python -m benchmarks.paper [--quick]`.
+"""The paper's experiments on the bundled checkpoints: `python -m benchmarks.paper [--small | --quick]`.
 
 Paints groups of pictures with every method, strength and checkpoint, measures them, and writes tables and figures.
 A run that is stopped goes on where it was: no finished group is painted again.
@@ -11,24 +11,27 @@ from pathlib import Path
 
 from weights import BUNDLED
 
-from .plan import REGIMES, finalists, in_first_round, jobs
+from .plan import REGIMES, SIZES, jobs
 from .run import COST_RUNS, costs, finished, run
-from .tables import Results, finalist_settings, report
+from .tables import Results, report
 
-FULL, QUICK = Path("benchmarks/results/paper"), Path("outputs/paper-quick")
+RESULTS, QUICK = Path("benchmarks/results/paper"), Path("outputs/paper-quick")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four prompts, three settings a method: ten minutes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", dest="size", action="store_const", const="small", default="full",
+                      help="three settings a method, fewer prompts: a quarter of an hour; the full run goes on from it")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="four prompts: three minutes")
     parser.add_argument("--models", nargs="+", choices=REGIMES, default=[m for m in REGIMES if m in BUNDLED])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"folder for results (default: {FULL}, with --quick {QUICK})")
+    parser.add_argument("--out", type=Path, help=f"folder for results (default: {RESULTS}, with --quick {QUICK})")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there; paint no group")
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
-    folder = args.out or (QUICK if args.quick else FULL)
+    folder = args.out or (QUICK if args.size == "quick" else RESULTS)
     groups, cost = folder / "groups.jsonl", folder / "costs.json"
     try:
         if not args.report:
@@ -48,16 +51,13 @@ def main() -> int:
 
 
 def paint_all(args: argparse.Namespace, groups: Path, cost: Path) -> None:
-    """Both rounds, then what each method costs in time."""
+    """The groups, then what each method costs in time."""
     for model in args.models:
-        run(jobs([model], args.quick), groups, args.workers, model)
-        if not args.quick:
-            best = finalist_settings(Results(filter(in_first_round, finished(groups))), [model])
-            run(finalists(best), groups, args.workers, f"{model}, second round")
+        run(jobs([model], SIZES[args.size]), groups, args.workers, model)
     known = json.loads(cost.read_text()) if cost.exists() else []
     for model in args.models:
         if all(row["model"] != model for row in known):
-            known += costs(model, runs=3 if args.quick else COST_RUNS)
+            known += costs(model, runs=3 if args.size == "quick" else COST_RUNS)
             cost.write_text(json.dumps(known, indent=1) + "\n")
 
 

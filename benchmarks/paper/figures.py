@@ -7,17 +7,18 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from ..sheets import sheet
-from .plan import REGIMES, ablations, call_of
-from .run import pipeline_of
-from .tables import Result, Results, best_within, front, longest_seen
+from .plan import KNOBS, REGIMES, ablations
+from .run import pictures
+from .tables import AS_SHIPPED, Result, Results, best_within, front
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 11, "axes.spines.top": False,
                             "axes.spines.right": False, "legend.frameon": False})
 COLORS = {  # one for each method, the same in every figure
-    "contextual repulsion": "#c1121f", "image-token repulsion": "#f4a261", "CADS": "#2a9d8f",
-    "particle guidance": "#457b9d", "SPARKE": "#1d3557", "DiverseFlow": "#8d99ae", "group selection": "#7b2cbf",
-    "lower guidance": "#6a994e", "interval guidance": "#a7c957",
+    AS_SHIPPED: "#000000", "contextual repulsion": "#c1121f", "away from the mean": "#e5989b",
+    "image-token repulsion": "#f4a261", "CADS": "#2a9d8f", "particle guidance": "#457b9d", "SPARKE": "#1d3557",
+    "DiverseFlow": "#8d99ae", "group selection": "#7b2cbf", "lower guidance": "#6a994e",
+    "interval guidance": "#a7c957",
 }  # fmt: skip
 PRICES = {"adherence": "lost adherence, points of 100", "wrong_pixels": "more wrong pixels in a picture"}
 SHOWN = {"adherence": 12, "wrong_pixels": 250}  # the price at which a panel ends
@@ -37,11 +38,11 @@ def price_of(result: Result, price: str) -> tuple[float, float, float]:
 
 
 def fronts_figure(results: Results, models: list[str], price: str, folder: Path) -> None:
-    """Gain against a price, a panel a regime: all settings faint, the front of each method's finalists as a line."""
+    """Gain against a price, a panel a checkpoint: all settings as faint dots, the front of each method as a line."""
     figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.8), layout="constrained",
                                      squeeze=False)
     for model, panel in zip(models, panels[0], strict=True):
-        for method, found in results.front_results(model).items():
+        for method, found in results.fronts(model).items():
             draw_front(panel, method, found, price)
         panel.plot(0, 1, "k+", markersize=12)
         panel.annotate("base", (0, 1), xytext=(6, -12), textcoords="offset points")
@@ -57,7 +58,7 @@ def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> Non
     def shown(results: list[Result]) -> list[tuple]:
         return [(price_of(r, price), r.gain) for r in results if price_of(r, price)[0] <= SHOWN[price]]
     panel.scatter([x[0] for x, _ in shown(found)], [y[0] for _, y in shown(found)], s=14, color=color, alpha=0.35)
-    points = shown(front(longest_seen(found), price))
+    points = shown(front(found, price))
     panel.plot([x[0] for x, _ in points], [y[0] for _, y in points], "o-", color=color, label=method,
                linewidth=2.6 if bold else 1.3, markersize=6 if bold else 4, zorder=3 if bold else 2)
     for (x, x_low, x_high), (y, y_low, y_high) in points:
@@ -65,20 +66,22 @@ def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> Non
 
 
 def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
-    """One row of panels a regime, one panel an ablation: gain as bars, change of adherence written on them."""
-    names = [name for name in ablations(models[0]) if name in ("blocks", "steps", "site", "tokens", "M")]
+    """One row of panels a checkpoint, one panel an ablation: gain as bars, change of adherence written on them."""
+    names = [name for name in ablations(models[0]) if name not in KNOBS and results.ablation(models[0], name)]
+    if not names:
+        return
     figure, panels = pyplot.subplots(len(models), len(names), figsize=(4.2 * len(names), 3.4 * len(models)),
                                      layout="constrained", squeeze=False, sharey=True)
     for model, line in zip(models, panels, strict=True):
         for name, panel in zip(names, line, strict=True):
-            found = {row: results.result(model, row, setting) for row, setting in ablations(model)[name].items()}
-            for i, r in enumerate(r for r in found.values() if r):
+            found = results.ablation(model, name)
+            for i, r in enumerate(found.values()):
                 value, low, high = r.gain
                 panel.bar(i, value - 1, bottom=1, color=COLORS["contextual repulsion"], alpha=0.8)
                 panel.errorbar(i, value, [[value - low], [high - value]], color="black", lw=1)
                 panel.annotate(f"{r.adherence[0]:+.1f}", (i, high), xytext=(0, 3), textcoords="offset points",
                                ha="center", fontsize=9)
-            panel.set_xticks(range(len(found)), [row.replace("steps ", "") for row in found], rotation=30, ha="right")
+            panel.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
             panel.set_title(f"{model}: {name}")
             panel.margins(y=0.15)
         line[0].set_ylabel("Vendi × base")
@@ -89,15 +92,11 @@ def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
 def grid_figure(results: Results, model: str, folder: Path) -> None:
     """What every method paints from the same seeds: at its largest gain within the points of the table, or where it has
     none, at what loses least of the prompt."""
-    ways = {"base": {}, "contextual, as shipped": {"repulsion": {}}}
-    for method, found in results.front_results(model).items():
-        ways[method] = (best_within(found) or max(longest_seen(found), key=lambda r: r.adherence[0])).setting
-    pipeline, rows = pipeline_of(model), {}
-    for name, setting in ways.items():
-        pictures = []
-        for prompt in GRID_PROMPTS:
-            pictures += pipeline(prompt, 4, seed=0, **call_of(setting, pipeline))
-        rows[name] = pictures
+    ways = {"base": {}}
+    for method, found in results.fronts(model).items():
+        ways[method] = (best_within(found) or max(found, key=lambda r: r.adherence[0])).setting
+    rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
+            for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")
 
 
@@ -106,7 +105,6 @@ def all_figures(results: Results, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for price in PRICES:
         fronts_figure(results, models, price, folder)
-    if any(results.result(model, "", setting) for model in models for setting in ablations(model)["site"].values()):
-        ablations_figure(results, models, folder)
+    ablations_figure(results, models, folder)
     for model in models:
         grid_figure(results, model, folder)

@@ -8,15 +8,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from PIL import Image
 from torch.multiprocessing import get_context
 from tqdm import tqdm
 
-from sampler import Pipeline
 from sampler.methods import METHODS
 
 from .embedding import Embedding
 from .measures import measure
-from .plan import GROUP, Job, call_of
+from .places import pushing
+from .plan import GROUP, Job, call_of, guided, pipeline_of
 
 COST_RUNS = 7  # of each method, each beside a run of the base
 COST_PROMPT = "a circle"
@@ -55,22 +56,23 @@ def start_worker() -> None:
 
 
 @cache
-def pipeline_of(model: str) -> Pipeline:
-    return Pipeline.load(model)
-
-
-@cache
 def embedding() -> Embedding:
     return Embedding.load()
 
 
+def pictures(model: str, setting: dict, prompt: str, seed: int, images: int = GROUP) -> list[Image.Image]:
+    """The group that a setting paints."""
+    pipeline = pipeline_of(model)
+    with pushing(pipeline.transformer, setting.get("place")):
+        return pipeline(prompt, images, seed=seed, **call_of(setting, pipeline))
+
+
 def paint(job: Job) -> dict:
     """The row of one group: the job, what is measured of its pictures, and how long they took."""
-    pipeline, setting = pipeline_of(job.model), json.loads(job.setting)
     start = time.perf_counter()
-    pictures = pipeline(job.prompt, job.images, seed=job.seed, **call_of(setting, pipeline))
+    found = pictures(job.model, json.loads(job.setting), job.prompt, job.seed, job.images)
     took = 1000 * (time.perf_counter() - start)
-    return {**job.row, **measure(pictures, job.prompt, embedding()), "milliseconds": round(took, 1)}
+    return {**job.row, **measure(found, job.prompt, embedding()), "milliseconds": round(took, 1)}
 
 
 def costs(model: str, runs: int = COST_RUNS) -> list[dict]:
@@ -78,16 +80,15 @@ def costs(model: str, runs: int = COST_RUNS) -> list[dict]:
 
     One process, all its threads, nothing beside it; every method as it comes, repulsion as shipped.
     """
-    pipeline = pipeline_of(model)
     settings = {"contextual repulsion": {"repulsion": {}}}
-    settings |= {name: {"method": name} for name in METHODS if name != "interval" or model != "tiny-turbo"}
+    settings |= {name: {"method": name} for name in METHODS if name != "interval" or guided(model)}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
     for seed in range(-1, runs):  # the first time round warms up
         for name, setting in settings.items():
             pair = []
-            for call in ({}, call_of(setting, pipeline)):
+            for one in ({}, setting):
                 start = time.perf_counter()
-                pipeline(COST_PROMPT, GROUP, seed=max(seed, 0), **call)
+                pictures(model, one, COST_PROMPT, max(seed, 0))
                 pair.append(time.perf_counter() - start)
             if seed >= 0:
                 times[name].append(tuple(pair))

@@ -16,10 +16,10 @@ from tiny.world import render, sample_scene
 
 from .embedding import Embedding
 from .measures import bootstrap, kernel_distance, mean, to_scene, values_reached, vectors_of, vendi_of_pairs
-from .plan import BATCHES, FULL, GROUP, REGIMES, ablations, fronts, told_everything
+from .plan import BATCHES, FULL, GROUP, KNOBS, REGIMES, SHIPPED, ablations, fronts, told_everything
 
 KEPT = 3.0  # points of adherence that a method may lose where one figure is to stand for its whole front
-CAPS = 1, KEPT, 8  # likewise, for the second round
+AS_SHIPPED = "contextual, as shipped"
 RENDERS = 64  # for each prompt, what KID compares with
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
 
@@ -29,11 +29,10 @@ class Result:
     """A setting in numbers, against the base on the same prompts and seeds.
 
     gain, gain_embedding: Vendi score over the base's; adherence: its change, in points of 100; wrong_pixels: its
-    change; coverage: share of the open values; kid: distance to renders of what the prompts ask; slower: time over
-    the base's, as it was in a run with other work beside it; groups: how many it was measured on
+    change; coverage: share of the open values; kid: distance to renders of what the prompts ask; groups: how many it
+    was measured on
     """
 
-    method: str
     setting: dict
     gain: Interval
     gain_embedding: Interval
@@ -41,7 +40,6 @@ class Result:
     wrong_pixels: Interval
     coverage: float
     kid: float
-    slower: float
     groups: int
 
 
@@ -58,36 +56,50 @@ class Results:
         """(prompt, seed) → row."""
         return self.rows.get((model, json.dumps(setting), images, full), {})
 
-    def result(self, model: str, method: str, setting: dict, images: int = GROUP) -> Result | None:
-        """None where nothing was painted with this setting, or no base to compare with."""
-        mine, base = self.groups(model, setting, images), self.groups(model, {}, images)
-        both = [key for key in mine if key in base]
+    def result(self, model: str, setting: dict, only: set[tuple] | None = None) -> Result | None:
+        """None where nothing was painted with this setting, or no base to compare with; `only`: these groups."""
+        mine, base = self.groups(model, setting), self.groups(model, {})
+        both = [key for key in mine if key in base and (only is None or key in only)]
         if not both:
             return None
+        names = "vendi", "vendi_embedding", "adherence", "wrong_pixels"
         pairs = defaultdict(list)
         for key in both:
-            names = ("vendi", "vendi_embedding", "adherence", "wrong_pixels", "milliseconds")
             pairs[key[0]].append([[row[name] for name in names] for row in (mine[key], base[key])])
-        by_prompt = [torch.tensor(groups, dtype=torch.float64).flatten(1) for groups in pairs.values()]  # (n, 10)
-        times = torch.cat(by_prompt)[:, [4, 9]]
+        by_prompt = [torch.tensor(groups, dtype=torch.float64).flatten(1) for groups in pairs.values()]  # (n, 8)
         shown = {prompt: [to_scene(text) for key in both if key[0] == prompt for text in mine[key]["scenes"]]
                  for prompt in pairs}
         return Result(
-            method, setting,
-            bootstrap(by_prompt, lambda m: m[..., 0] / m[..., 5]),
-            bootstrap(by_prompt, lambda m: m[..., 1] / m[..., 6]),
-            bootstrap(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 7])),
-            bootstrap(by_prompt, lambda m: m[..., 3] - m[..., 8]),
+            setting,
+            bootstrap(by_prompt, lambda m: m[..., 0] / m[..., 4]),
+            bootstrap(by_prompt, lambda m: m[..., 1] / m[..., 5]),
+            bootstrap(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 6])),
+            bootstrap(by_prompt, lambda m: m[..., 3] - m[..., 7]),
             mean([values_reached(prompt, scenes) for prompt, scenes in shown.items()]),
             kernel_distance(torch.cat([vectors_of(mine[key]) for key in both]), renders(tuple(sorted(pairs)))),
-            (times[:, 0] / times[:, 1]).median().item(), len(both),
+            len(both),
         )  # fmt: skip
 
-    def front_results(self, model: str) -> dict[str, list[Result]]:
-        """Method → what each of its settings came to, the base's own among the first."""
-        found = {method: [self.result(model, method, setting) for setting in settings]
-                 for method, settings in fronts(model).items()}
-        return {method: [r for r in results if r] for method, results in found.items() if any(results)}
+    def compared(self, model: str, settings: dict[str, dict]) -> dict[str, Result]:
+        """Name → what a setting came to, all on the groups that every painted setting has."""
+        painted = {name: setting for name, setting in settings.items() if self.groups(model, setting)}
+        common = set.intersection(*[set(self.groups(model, setting)) for setting in painted.values()] or [set()])
+        found = {name: self.result(model, setting, common) for name, setting in painted.items()}
+        return {name: result for name, result in found.items() if result}
+
+    def fronts(self, model: str) -> dict[str, list[Result]]:
+        """Method → what each of its settings came to."""
+        methods = {AS_SHIPPED: [SHIPPED[1]], **fronts(model)}
+        named = {(method, json.dumps(setting)): setting for method in methods for setting in methods[method]}
+        found = defaultdict(list)
+        for (method, _), result in self.compared(model, named).items():
+            found[method].append(result)
+        return dict(found)
+
+    def ablation(self, model: str, name: str) -> dict[str, Result]:
+        """Row → what it came to; empty where nothing was painted but the row that is as shipped."""
+        found = self.compared(model, ablations(model).get(name, {}))
+        return found if len(found) > 1 else {}
 
 
 @cache
@@ -115,25 +127,9 @@ def front(results: list[Result], price: str) -> list[Result]:
     return kept
 
 
-def finalist_settings(results: Results, models: list[str]) -> dict[tuple[str, str], list[dict]]:
-    """(model, method) → its settings that deserve a longer look: the largest gain within each of CAPS points."""
-    found = {}
-    for model in models:
-        for method, tried in results.front_results(model).items():
-            best = [best_within([r for r in tried if r.gain[0] > 1], points) for points in CAPS]
-            found[model, method] = list({json.dumps(r.setting): r.setting for r in best if r}.values())
-    return found
-
-
-def longest_seen(results: list[Result]) -> list[Result]:
-    """Those that were measured on most groups: a method's finalists, where there was a second round."""
-    most = max((r.groups for r in results), default=0)
-    return [r for r in results if r.groups == most]
-
-
 def best_within(results: list[Result], points: float = KEPT) -> Result | None:
-    """The largest gain at no more than so many points of adherence, of `longest_seen`."""
-    kept = [r for r in longest_seen(results) if r.adherence[0] >= -points]
+    """The largest gain at no more than so many points of adherence."""
+    kept = [r for r in results if r.adherence[0] >= -points]
     return max(kept, key=lambda r: r.gain[0], default=None)
 
 
@@ -164,27 +160,41 @@ def cells(result: Result) -> list[str]:
 HEAD = ["Vendi × base", "adherence, points", "Vendi of embeddings × base", "wrong pixels", "KID", "coverage"]
 
 
+def effect_table(results: Results, models: list[str]) -> str:
+    """The checkpoints as they ship, without and with repulsion; the change is of the same prompts and seeds."""
+    lines = []
+    for model, setting in [(model, setting) for model in models for setting in SHIPPED]:
+        by_prompt, change = defaultdict(list), results.result(model, setting)
+        for (prompt, _), row in results.groups(model, setting).items():
+            by_prompt[prompt].append([row[name] for name in ("vendi", "adherence", "wrong_pixels")])
+        groups = [torch.tensor(rows, dtype=torch.float64) for rows in by_prompt.values()]
+        if change:
+            means = columns(groups, ".2f", ".1%", ".0f")
+            changes = cells(change)[:2] + cells(change)[3:4] if setting else ["–"] * 3
+            both = [cell for pair in zip(means, changes, strict=True) for cell in pair]
+            lines.append([model + (", repelled" if setting else ""), *both, f"{change.groups}"])
+    head = ["Vendi", "× base", "adherence", "points", "wrong pixels", "change", "groups"]
+    return markdown(["as shipped", *head], lines)
+
+
 def front_table(results: Results, model: str) -> str:
     """Each method at its largest gain within KEPT points of adherence; the largest first."""
-    base = results.result(model, "base", {})
-    best = {method: best_within(found) for method, found in results.front_results(model).items()}
-    shipped = results.result(model, "contextual repulsion, as shipped", {"repulsion": {}})
-    rows = sorted([r for r in [*best.values(), shipped] if r], key=lambda r: -r.gain[0])
-    lines = [[r.method, short(r.setting), *cells(r), str(r.groups)] for r in [*rows, base]]
-    none = f"none within {KEPT:g} points on as many groups"
-    lines += [[method, none, *["–"] * (len(HEAD) + 1)] for method, found in best.items() if not found]
+    best = {method: best_within(found) for method, found in results.fronts(model).items()}
+    first = sorted([method for method in best if best[method]], key=lambda method: -best[method].gain[0])
+    lines = [[method, short(best[method].setting), *cells(best[method]), f"{best[method].groups}"] for method in first]
+    none = f"none within {KEPT:g} points"
+    lines += [[method, none, *["–"] * (len(HEAD) + 1)] for method in best if not best[method]]
     return markdown(["method", "its best setting", *HEAD, "groups"], lines)
 
 
 def short(setting: dict) -> str:
     """A setting in a few words."""
     inner = setting.get("repulsion", setting)
-    return ", ".join(f"{name} {value}" for name, value in inner.items() if name not in ("method", "tokens")) or "–"
+    return ", ".join(f"{name} {value}" for name, value in inner.items() if name not in ("method", "objective")) or "–"
 
 
 def ablation_table(results: Results, model: str, name: str) -> str:
-    found = {row: results.result(model, row, setting) for row, setting in ablations(model)[name].items()}
-    return markdown([name, *HEAD], [[row, *cells(r)] for row, r in found.items() if r])
+    return markdown([name, *HEAD], [[row, *cells(result)] for row, result in results.ablation(model, name).items()])
 
 
 def batch_table(results: Results, model: str) -> str:
@@ -201,17 +211,15 @@ def batch_table(results: Results, model: str) -> str:
 
 
 def knob_table(results: Results, models: list[str]) -> str:
-    """The same dose in every checkpoint, as `diversity` and as η: gain in each, and the largest over the smallest."""
+    """The same strength, and the same η, on every checkpoint: gain on each, and the largest over the smallest."""
     lines = []
-    for name in ("knob", "η"):
-        for row in ablations(models[0])[name]:
-            found = [results.result(model, row, ablations(model)[name][row]) for model in models]
-            if all(found):
-                gains = [r.gain[0] for r in found]
-                spread = max(gains) / min(gains)
-                kept = [f"{r.gain[0]:.2f} ({r.adherence[0]:+.1f})" for r in found]
-                lines.append([f"{'diversity' if name == 'knob' else 'η'} {row}", *kept, f"{spread:.2f}"])
-    return markdown(["dose", *[f"{model}: gain (points)" for model in models], "largest / smallest"], lines)
+    for name in KNOBS:
+        found = [results.ablation(model, name) for model in models]
+        for row in (row for row in found[0] if all(row in rows for rows in found)):
+            gains = [rows[row].gain[0] for rows in found]
+            kept = [f"{rows[row].gain[0]:.2f} ({rows[row].adherence[0]:+.1f})" for rows in found]
+            lines.append([f"{name} {row}", *kept, f"{max(gains) / min(gains):.2f}"])
+    return markdown(["push", *[f"{model}: gain (points)" for model in models], "largest / smallest"], lines)
 
 
 def full_table(results: Results, models: list[str]) -> str:
@@ -239,18 +247,19 @@ def report(rows: list[dict], costs: list[dict]) -> str:
     """All tables, one after the other, as Markdown."""
     results = Results(rows)
     models = [model for model in REGIMES if results.groups(model, {})]
-    parts = ["# The paper in miniature: tables\n", "Made by `python -m benchmarks.paper` from its raw results.\n"]
+    parts = ["# The paper in miniature: tables\n", "Made by `python -m benchmarks.paper` from its raw results.\n",
+             "## The effect at the shipped settings\n", effect_table(results, models)]
+    if len(models) > 1:
+        parts += ["## One knob\n", knob_table(results, models)]
     for model in models:
         parts += [f"## {model}: {REGIMES[model]}\n", front_table(results, model)]
         for name in ablations(model):
-            if name not in ("η", "knob") and results.result(model, "", next(iter(ablations(model)[name].values()))):
+            if name not in KNOBS and results.ablation(model, name):
                 parts += [f"### {name}\n", ablation_table(results, model, name)]
         if results.groups(model, {}, max(BATCHES)):
             parts += ["### pictures in a batch\n", batch_table(results, model)]
     if any(results.groups(model, {}, full=True) for model in models):
         parts += ["## Full prompts\n", full_table(results, models)]
-    if len(models) > 1:
-        parts += ["## One knob\n", knob_table(results, models)]
     if costs:
         parts += ["## Cost\n", cost_table(costs)]
     return "\n".join(parts)

@@ -4,16 +4,16 @@ import json
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small_pipelines import flux, saved
-from test_pipeline import pixels
 
+from benchmarks import interpolate as program
+from benchmarks.interpolate import ContextInterpolation, LatentInterpolation, between, blur, interpolate
 from repulsion import Repulsion
-from sampler import interpolate as program
-from sampler import starting_noise
-from sampler.interpolate import ContextInterpolation, LatentInterpolation, between, blur, interpolate
+from sampler import Pipeline, starting_noise
 from sampler.pipeline import to_picture
 from tiny.world import render, sample_scene
 
@@ -22,12 +22,18 @@ PROMPT = "a star"
 
 
 @pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load("tiny-sd3")
+
+
+@pytest.fixture(scope="module")
 def rows(pipeline):
     return interpolate(pipeline, PROMPT, 3, 8, (0.0, 0.5, 1.0), EVERYWHERE, steps=4)
 
 
 def close(found, expected):
-    return abs(pixels([found]) - pixels([expected])).max() <= 1  # float32 sums in another order
+    found, expected = (np.asarray(picture, dtype=np.int16) for picture in (found, expected))
+    return abs(found - expected).max() <= 1  # float32 sums in another order
 
 
 def test_between_is_the_line_through_both_and_exact_at_them():
@@ -56,37 +62,35 @@ def test_latents_stay_on_the_line_as_long_as_they_are_held(pipeline):
             pipeline(PROMPT, 3, steps=4, noise=noise, method=LatentInterpolation(alphas=(0.5,), steps=steps))
     finally:
         del pipeline.autoencoder.decode
-    held, released = latents
+    held, released = torch.cat(latents).chunk(2)  # decoded one by one
     torch.testing.assert_close(held[0], held[1:].mean(0), rtol=1e-4, atol=1e-4)
     assert (released[0] - released[1:].mean(0)).abs().max() > 0.1
     torch.testing.assert_close(released[1:], held[1:])
 
 
-def test_the_context_at_alpha_1_is_the_targets_and_the_last_two_are_nobodys_business(pipeline):
+def test_the_context_at_alpha_1_is_the_targets_and_the_last_two_stay(pipeline):
     noise = torch.cat([starting_noise(3, 1, (6, 16, 16)).expand(2, -1, -1, -1), starting_noise(8, 1, (6, 16, 16))])
     plain = pipeline(PROMPT, 3, steps=4, noise=noise)
     found = pipeline(PROMPT, 3, steps=4, noise=noise, repulsion=ContextInterpolation((1.0,), EVERYWHERE))
     assert all(map(close, found[1:], plain[1:])) and not close(found[0], plain[0])
-    context, image = torch.randn(2, 6, 5, 8).unbind(0)
-    moved, same = ContextInterpolation((1.0,), EVERYWHERE).streams("attention", context, image, groups=2)
-    assert torch.equal(moved[[0, 3]], context[[2, 5]]) and same is image
-    assert ContextInterpolation((1.0,), EVERYWHERE).streams("attention", None, image, groups=2) == (None, image)
-    assert ContextInterpolation((1.0,), EVERYWHERE).streams("block", context, image, groups=2)[0] is context
+    context = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    moved = ContextInterpolation((1.0,), EVERYWHERE).bind(0, 8, groups=2)(context)
+    assert torch.equal(moved[[0, 3]], context[[2, 5]]) and torch.equal(moved[[1, 2, 4, 5]], context[[1, 2, 4, 5]])
+    assert ContextInterpolation((1.0,), Repulsion(0.0, blocks=(1,))).bind(0, 8, groups=2) is None
 
 
 def test_single_stream_blocks_move_their_context_alone(tmp_path):
     tokens = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))
-    moved = ContextInterpolation((1.0,), EVERYWHERE).sequence("attention", tokens, 4, groups=1)
+    moved = ContextInterpolation((1.0,), EVERYWHERE).bind(0, 8, groups=1, num_context=4)(tokens)
     assert torch.equal(moved[0, :4], tokens[2, :4]) and torch.equal(moved[0, 4:], tokens[0, 4:])
     assert torch.equal(moved[1:], tokens[1:])
-    assert ContextInterpolation((1.0,), EVERYWHERE).sequence("block", tokens, 4, groups=1) is tokens
     _, pipe = saved(flux(), tmp_path)
     call = {"height": 32, "width": 48, "steps": 2, "guidance": 2.5, "noise": starting_noise(0, 3, (16, 8, 12))}
     line = ContextInterpolation((1.0,), Repulsion(0.0, steps=2, blocks=(2, 3)))  # the single-stream ones
     decode, latents = pipe.autoencoder.decode, []
     pipe.autoencoder.decode = lambda latent: latents.append(latent) or decode(latent)
     pipe(PROMPT, 3, **call), pipe(PROMPT, 3, **call, repulsion=line)
-    plain, found = latents
+    plain, found = torch.cat(latents).chunk(2)
     changed = (found - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
     assert changed[0] > 1e-4 and (changed[1:] < 1e-6).all()  # random weights: the context says little here
 
@@ -94,8 +98,8 @@ def test_single_stream_blocks_move_their_context_alone(tmp_path):
 def test_a_double_exposure_is_many_times_as_blurred_as_what_it_is_made_of():
     rng = random.Random(0)
     sharp = render([sample_scene(rng) for _ in range(40)])
-    alone = blur([to_picture(x) for x in sharp])
-    double = blur([to_picture((a + b) / 2) for a, b in zip(sharp[:20], sharp[20:], strict=True)])
+    alone = blur([to_picture(x[None]) for x in sharp])
+    double = blur([to_picture((a + b)[None] / 2) for a, b in zip(sharp[:20], sharp[20:], strict=True)])
     assert max(alone) < 4 and sorted(double)[2] > 8  # outlines alone; two of twenty pairs may nearly share their ground
     assert blur([Image.new("RGB", (64, 64), (30, 32, 85))]) == [pytest.approx(0, abs=1e-3)]  # navy
     assert blur([Image.new("RGB", (64, 64), (30, 32, 95))]) == [pytest.approx(10, abs=1e-3)]

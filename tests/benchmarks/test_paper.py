@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from scenes import scenes_of
 from benchmarks.paper import measures, plan, tables
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.embedding import Embedding
-from benchmarks.paper.run import finished, paint, run
+from benchmarks.paper.places import PLACES
+from benchmarks.paper.run import finished, paint, pictures, run
+from repulsion import Repulsion
 from sampler import Pipeline
 from tiny.world import Scene, Thing, render
 
@@ -112,22 +115,47 @@ def test_every_method_may_try_as_much_as_every_other(model):
         assert len({json.dumps(s, sort_keys=True) for s in settings}) == len(settings) == plan.BUDGET, method
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_setting_is_a_call_and_no_group_is_planned_twice(quick):
-    pipeline = Pipeline.load("tiny-sd3")
-    for model in plan.REGIMES:
-        found = plan.jobs([model], quick)
-        assert len({job.key for job in found}) == len(found)
-        for setting in {job.setting for job in found}:
-            call = plan.call_of(json.loads(setting), pipeline)
-            assert call.keys() <= {"guidance", "repulsion", "method", "steps"} and bool(call) == (setting != "{}")
+@pytest.mark.parametrize("size", plan.SIZES)
+@pytest.mark.parametrize("model", plan.REGIMES)
+def test_every_setting_is_a_call_and_no_group_is_planned_twice(model, size):
+    pipeline = Pipeline.load(model)
+    found = plan.jobs([model], plan.SIZES[size])
+    assert len({job.key for job in found}) == len(found)
+    for setting in map(json.loads, {job.setting for job in found}):
+        call = plan.call_of(setting, pipeline)
+        assert call.keys() <= {"guidance", "repulsion", "method", "steps"} and bool(call) == bool(setting)
+        assert setting.get("place", "image") in PLACES
 
 
-def test_a_scale_takes_the_place_of_a_diversity():
-    default = Pipeline.load("tiny-sd3").defaults.repulsion
-    assert default.diversity is not None
-    changed = plan.changed(default, {"scale": 5.0, "site": "attention"})
-    assert (changed.scale, changed.diversity, changed.site, changed.steps) == (5.0, None, "attention", default.steps)
+@pytest.mark.parametrize("model", plan.REGIMES)
+def test_the_full_plan_goes_on_from_the_small_one(model):
+    small, full = ({job.key for job in plan.jobs([model], plan.SIZES[size])} for size in ("small", "full"))
+    assert small < full
+
+
+def test_a_scale_takes_the_place_of_a_strength():
+    changed = plan.changed(Repulsion(strength=2.0, steps=3), {"scale": 5.0, "blocks": "first"})
+    assert changed == Repulsion(scale=5.0, steps=3, blocks="first")
+    assert plan.changed(changed, {"strength": 1.0}) == Repulsion(strength=1.0, steps=3, blocks="first")
+
+
+@pytest.mark.parametrize("model", plan.REGIMES)
+def test_an_ablation_changes_one_thing(model):
+    pipeline = Pipeline.load(model)
+    own = asdict(pipeline.defaults.repulsion)
+    for name in plan.ablations(model).keys() - plan.KNOBS:
+        rows = plan.ablations(model)[name].values()
+        changed = [{field for field, value in asdict(plan.call_of(row, pipeline)["repulsion"]).items()
+                    if value != own[field]} | ({"place"} & row.keys()) for row in rows]
+        assert all(fields <= {"start", "steps"} if name == "steps" else len(fields) <= 1 for fields in changed), name
+        assert len({json.dumps(row) for row in rows}) == len(rows) and sum(map(bool, changed)) >= len(rows) - 1
+
+
+def test_a_place_is_where_the_push_acts_and_nowhere_else_afterwards():
+    settings = [{}, {"repulsion": {}}, {"repulsion": {}, "place": "image"}, {"repulsion": {}}]
+    groups = [[picture.tobytes() for picture in pictures("tiny-turbo", setting, "a circle", seed=0, images=2)]
+              for setting in settings]
+    assert groups[1] == groups[3] and len({str(group) for group in groups}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,10 +217,10 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys, monkeypatch):
     assert "groups.jsonl holds no group of tiny-sd3: run without --report" in capsys.readouterr().err
 
 
-def result(gain, adherence=0.0, wrong=0.0, groups=20):
+def result(gain, adherence=0.0, wrong=0.0):
     def exact(value):
         return value, value, value
-    return tables.Result("m", {}, exact(gain), exact(1.0), exact(adherence), exact(wrong), 0.5, 1.0, 1.0, groups)
+    return tables.Result({}, exact(gain), exact(1.0), exact(adherence), exact(wrong), 0.5, 1.0, 20)
 
 
 @pytest.mark.parametrize("price", ["adherence", "wrong_pixels"])
@@ -206,9 +234,9 @@ def test_the_front_is_what_nothing_beats(price):
     assert tables.front(found, price) == sorted(unbeaten, key=lambda r: r.gain[0])
 
 
-def test_the_best_within_points_was_looked_at_as_long_as_any():
-    short, long, dear = result(2.0, groups=20), result(1.5, -2.9, groups=60), result(3.0, -3.1, groups=60)
-    assert tables.best_within([short, long, dear]) is long
+def test_the_best_within_points_is_the_largest_gain_that_keeps_the_prompt():
+    low, high, dear = result(1.4, 1.0), result(1.5, -2.9), result(3.0, -3.1)
+    assert tables.best_within([low, high, dear]) is high
     assert tables.best_within([dear]) is None and tables.best_within([]) is None
 
 
@@ -220,29 +248,29 @@ def row(setting, prompt, seed, vendi, adherence, model="m"):
             "embedding": measures.base64.b64encode(vectors).decode(), "milliseconds": 1000.0 * vendi}
 
 
-def test_the_second_round_sees_the_best_at_each_price_and_never_changes_its_mind():
-    # Lower guidance, by hand: gains 1.1 to 1.4 at 0, 2, 2 and 7 points, then a dear 1.5 and one that gains nothing.
-    settings = plan.fronts("tiny-sd3")["lower guidance"][:6]
-    tried = [(1.1, 1.0), (1.2, 0.98), (1.3, 0.98), (1.4, 0.93), (1.5, 0.9), (0.9, 1.0)]
-    first = [row({}, prompt, 0, 1.0, 1.0, "tiny-sd3") for prompt in plan.SCREEN]
-    first += [row(setting, prompt, 0, *found, "tiny-sd3") for setting, found in zip(settings, tried, strict=True)
-              for prompt in plan.SCREEN]
-    later = [{**one, "seed": 1, "vendi": 9.0} for one in first[-20:]]
-
-    def chosen(rows):
-        results = tables.Results(filter(plan.in_first_round, rows))
-        return tables.finalist_settings(results, ["tiny-sd3"])
-    best = {("tiny-sd3", "lower guidance"): [settings[0], settings[2], settings[3]]}
-    assert chosen(first) == chosen(first + later) == best
-    jobs = plan.finalists(best)
-    assert len(jobs) == len({job.key for job in jobs}) == 3 * plan.FINAL_SEEDS * len(plan.OPEN)
-
-
 def test_a_result_compares_the_same_prompts_and_seeds():
     rows = [row({}, "a circle", 0, 1.0, 1.0), row({}, "a circle", 1, 2.0, 1.0), row({}, "a star", 0, 1.0, 0.5),
             row({"guidance": 2}, "a circle", 0, 3.0, 0.75), row({"guidance": 2}, "a star", 0, 2.0, 0.5),
             row({"guidance": 2}, "a ring", 0, 9.0, 0.5)]  # no base to compare with
-    found = tables.Results(rows).result("m", "lower guidance", {"guidance": 2})
+    found = tables.Results(rows).result("m", {"guidance": 2})
     assert found.gain[0] == pytest.approx(2.5) and found.adherence[0] == pytest.approx(-12.5)
-    assert found.wrong_pixels[0] == pytest.approx(15) and found.groups == 2 and found.slower == pytest.approx(2)
-    assert tables.Results(rows).result("m", "other", {"guidance": 3}) is None
+    assert found.wrong_pixels[0] == pytest.approx(15) and found.groups == 2
+    assert tables.Results(rows).result("m", {"guidance": 3}) is None
+
+
+def test_rows_of_a_table_are_compared_on_the_groups_that_all_have():
+    both, one = {"guidance": 2}, {"guidance": 3}
+    rows = [row({}, prompt, 0, 1.0, 1.0) for prompt in ("a circle", "a star")]
+    rows += [row(both, "a circle", 0, 2.0, 1.0), row(both, "a star", 0, 4.0, 1.0), row(one, "a star", 0, 3.0, 1.0)]
+    found = tables.Results(rows).compared("m", {"both": both, "one": one, "never painted": {"guidance": 4}})
+    assert {name: (r.gain[0], r.groups) for name, r in found.items()} == {"both": (4, 1), "one": (3, 1)}
+
+
+def test_the_effect_is_stated_for_base_and_repelled():
+    rows = [row(setting, prompt, seed, vendi, kept)
+            for setting, vendi, kept in zip(plan.SHIPPED, (2.0, 3.0), (1.0, 0.98), strict=True)
+            for prompt in ("a circle", "a star") for seed in (0, 1)]
+    _, _, base, repelled = tables.effect_table(tables.Results(rows), ["m"]).splitlines()
+    assert base.split(" | ")[1:4] == ["2.00 (2.00 … 2.00)", "–", "100.0% (100.0% … 100.0%)"]
+    assert repelled.split(" | ")[1:3] == ["3.00 (3.00 … 3.00)", "1.50 (1.50 … 1.50)"]
+    assert repelled.split(" | ")[4:] == ["-2.0 (-2.0 … -2.0)", "30 (30 … 30)", "+10 (+10 … +10)", "4 |"]
