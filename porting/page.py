@@ -29,8 +29,9 @@ library, and check each stage before the next.
 3. When every stage passes by itself, connect them, from the token ids and `noise` on, and check once more.
 
 *Tolerance* is the largest relative deviation ‖yours − kit‖ / ‖kit‖ that counts as rounding: {margin} times the
-deviation of a float32 run of the program that wrote the kit, and at least {margin} roundings of float32. For whole
-numbers it is the root mean square of the difference: ids must be equal, one in a hundred pixel values may differ by 1.
+deviation of a float32 run of the program that wrote the kit (for latents the largest of all steps), and at least
+{margin} roundings of float32. For whole numbers it is the root mean square of the difference: ids must be equal, one in
+a hundred pixel values may differ by 1.
 
 ## Conventions
 
