@@ -1,4 +1,4 @@
-"""Paint the pictures of `python -m sampler`, without and with repulsion: python -m examples.numpy_port INPUTS OUT."""
+"""Generate pictures without and with repulsion, as the project does: python -m examples.numpy_port INPUTS OUT."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser(prog="python -m examples.numpy_port", descripti
 parser.add_argument("inputs", type=Path, help="token ids and noise: an .npz as in the README, or a kit.safetensors")
 parser.add_argument("out", type=Path, help="folder for the pictures")
 parser.add_argument("--checkpoint", type=Path, default=Path("weights/checkpoints/tiny-sd3"))
-parser.add_argument("--tensors", type=Path, help=".npz file for what the batch that repels was made of")
+parser.add_argument("--tensors", type=Path, help=".npz file for the intermediate tensors of the batch that repels")
 args = parser.parse_args()
 
 parts, settings = load(args.checkpoint)

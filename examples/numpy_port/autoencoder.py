@@ -43,5 +43,5 @@ class Decoder(Network):
     def attention(self, name: str, x: Array) -> Array:
         """One head over all places, added to its input."""
         tokens = self.group_norm(f"{name}.group_norm", x).reshape(*x.shape[:2], -1).swapaxes(1, 2)  # (b, y · x, c)
-        read = attend(*self.to_heads([f"{name}.to_{part}" for part in "qkv"], 1, tokens))
-        return x + self.linear(f"{name}.to_out.0", read).swapaxes(1, 2).reshape(x.shape)
+        attended = attend(*self.to_heads([f"{name}.to_{part}" for part in "qkv"], 1, tokens))
+        return x + self.linear(f"{name}.to_out.0", attended).swapaxes(1, 2).reshape(x.shape)

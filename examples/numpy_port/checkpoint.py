@@ -1,4 +1,4 @@
-"""A checkpoint's folder: each network's weights and config, and how the folder's JSON files want it sampled."""
+"""A checkpoint's folder: each network's weights and config, and the sampling settings in the JSON files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .safetensors import read
 from .text import T5, Clip
 
 CLIP = {"architectures": [["CLIPTextModelWithProjection"]], "hidden_act": ["gelu", "quick_gelu"]}
-PARTS = {  # folder and file, network, and what this port does of what the folder's config.json may ask for
+PARTS = {  # folder and file, network, and the values in the folder's config.json that this port supports
     "transformer": ("transformer/diffusion_pytorch_model", Transformer, {
         "_class_name": ["SD3Transformer2DModel"], "qk_norm": ["rms_norm"], "dual_attention_layers": [None, []]}),
     "clip_l": ("text_encoder/model", Clip, CLIP),
@@ -26,7 +26,7 @@ PARTS = {  # folder and file, network, and what this port does of what the folde
 def load(folder: Path, dtype: type = np.float32) -> tuple[dict[str, Network], dict]:
     """The networks, computing in dtype, and the settings of `sampler.paint`: steps, guidance, shift, repulsion.
 
-    Raises FileNotFoundError for a missing file, ValueError for what this port does not do, such as rotary positions.
+    Raises FileNotFoundError for a missing file, ValueError for what is not supported, such as rotary positions.
     """
     parts = {}
     for name, (place, network, known) in PARTS.items():
@@ -34,8 +34,8 @@ def load(folder: Path, dtype: type = np.float32) -> tuple[dict[str, Network], di
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
         for key, values in known.items():
             if config.get(key) not in values:
-                raise ValueError(f"{file.parent}/config.json has {key} {config.get(key)!r}, but this port only does "
-                                 f"{' or '.join(map(repr, values))}: use the project itself")
+                raise ValueError(f"{file.parent}/config.json has {key} {config.get(key)!r}, but this port supports "
+                                 f"only {' or '.join(map(repr, values))}: use the project itself")
         parts[name] = network({key: tensor.astype(dtype) for key, tensor in read(file).items()}, config)
     shift = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))["shift"]
     sampling = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))

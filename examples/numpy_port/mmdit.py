@@ -36,7 +36,7 @@ class Transformer(Network):
         return patches.reshape(b, rows, columns, c, p, p).transpose(0, 3, 1, 4, 2, 5).reshape(latent.shape)
 
     def conditioning(self, sigma: float, pooled: Array) -> Array:
-        """What modulates every block, (b, d): of the noise level, by its sin/cos features, and of the pooled prompt."""
+        """The vector that modulates every block, (b, d), from the noise level's features and the pooled vector."""
         angles = 1000 * np.float32(sigma) * np.exp(-math.log(10_000) * np.arange(128, dtype=np.float32) / 128)
         features = np.concatenate([np.cos(angles), np.sin(angles)])[None].astype(pooled.dtype)
         self.note("time_in.", {"in": np.repeat(features, len(pooled), axis=0)})
@@ -52,23 +52,23 @@ class Transformer(Network):
 
     def block(self, i: int, context: Array, image: Array, vector: Array, repulsion: Repulsion | None,
               groups: int) -> tuple[Array | None, Array]:
-        """Dual-stream block i: context (b, n, d), image (b, m, d) → the same; the last drops its context."""
+        """Dual-stream block i: context (b, n, d), image (b, m, d) → the same; the last, whose context output is unused,
+        returns None for it and does not repel."""
         last = i == self.config["num_layers"] - 1
-        repulsion = None if last else repulsion  # nobody reads its context
         c_parts = self.modulation(f"transformer_blocks.{i}.norm1_context.linear", vector, 2 if last else 6)
         parts = self.modulation(f"transformer_blocks.{i}.norm1.linear", vector, 6)
         self.note(f"dual.{i}.", {"context.in": context, "context.modulation": np.concatenate(c_parts, axis=1),
                                  "image.in": image, "image.modulation": np.concatenate(parts, axis=1)})
-        context_read, image_read = self.attention(i, modulate(context, *c_parts[:2]), modulate(image, *parts[:2]))
-        if repulsion and repulsion.site == "attention":  # Eq. 2: the line that repels, here
-            context_read, story = repulsion.push(context_read, groups)
-        self.note(f"dual.{i}.attention.", {"context.out": context_read, "image.out": image_read})
-        image = self.feed_forward(i, "image", image + parts[2] * image_read, *parts[3:])
-        context = None if last else self.feed_forward(i, "context", context + c_parts[2] * context_read, *c_parts[3:])
-        if repulsion and repulsion.site == "block":  # or here
-            context, story = repulsion.push(context, groups)
-        self.note(f"dual.{i}.repulsion.", story if repulsion else {})
-        return context, image
+        context_attended, image_attended = self.attention(
+            i, modulate(context, *c_parts[:2]), modulate(image, *parts[:2]))
+        if repulsion and not last:  # Eq. 2
+            context_attended, inside = repulsion.push(context_attended, groups)
+            self.note(f"dual.{i}.repulsion.", inside)
+        self.note(f"dual.{i}.attention.", {"context.out": context_attended, "image.out": image_attended})
+        image = self.feed_forward(i, "image", image + parts[2] * image_attended, *parts[3:])
+        if last:
+            return None, image
+        return self.feed_forward(i, "context", context + c_parts[2] * context_attended, *c_parts[3:]), image
 
     def feed_forward(self, i: int, stream: str, tokens: Array, shift: Array, scale: Array, gate: Array) -> Array:
         """The MLP's residual step: (b, n, d) → (b, n, d)."""

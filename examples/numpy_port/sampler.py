@@ -11,9 +11,9 @@ from .text import encode
 
 def paint(parts: dict[str, Network], inputs: dict[str, Array], steps: int, guidance: float, shift: float,
           repulsion: Repulsion | None = None) -> dict[str, Array]:
-    """inputs: clip_l.ids, clip_g.ids, t5.ids (2, n), row 0 what guidance leads away from (nothing), row 1 the prompt;
-    noise (b, c, y, x) → pixels (b, Y, X, 3), bytes, and every intermediate tensor by its name in the porting kit, those
-    inside the transformer of the first step that repels."""
+    """inputs: clip_l.ids, clip_g.ids, t5.ids (2, n), row 0 the negative prompt (empty), row 1 the prompt; noise
+    (b, c, y, x) → pixels (b, Y, X, 3), bytes, and every intermediate tensor by its name in the porting kit; those
+    inside the transformer are of the first step that repels."""
     times = np.append(np.linspace(1, shift / (1000 + shift - 1), steps), 0)  # to 1/1000, shifted, and 0
     record = {"sigmas": (shift * times / (1 + (shift - 1) * times)).astype(np.float32)}  # shifted once more
     b, groups = len(inputs["noise"]), 2 if guidance > 1 else 1  # both branches as one batch, the conditional one last

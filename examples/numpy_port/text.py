@@ -1,4 +1,4 @@
-"""Token ids → what the transformer reads. Ours: mmdit/clip.py, mmdit/t5.py, sampler/conditioning.py."""
+"""Token ids → the context and the pooled vector. Ours: mmdit/clip.py, mmdit/t5.py, sampler/conditioning.py."""
 
 import math
 
@@ -18,7 +18,7 @@ class Clip(Network):
         n, heads, activation = ids.shape[1], self.config["num_attention_heads"], ACTIVATIONS[self.config["hidden_act"]]
         x = self.w["text_model.embeddings.token_embedding.weight"][ids]
         x = x + self.w["text_model.embeddings.position_embedding.weight"][:n]
-        causal = np.triu(np.full((n, n), -np.inf, x.dtype), 1)  # a token sees itself and those before it
+        causal = np.triu(np.full((n, n), -np.inf, x.dtype), 1)  # a token attends to itself and to those before it
         for i in range(self.config["num_hidden_layers"]):
             penultimate, name = x, f"text_model.encoder.layers.{i}"
             h = self.layer_norm(f"{name}.layer_norm1", x)
@@ -33,27 +33,27 @@ class Clip(Network):
 
 class T5(Network):
     def encode(self, ids: Array) -> Array:
-        """ids (b, n) → the last states (b, n, d). Padding is not masked: SD3 was trained on the states of all."""
+        """ids (b, n) → the last states (b, n, d). Padding is not masked: SD3 was trained so."""
         x, bias = self.w["shared.weight"][ids], self.position_bias(ids.shape[1])
         for i in range(self.config["num_layers"]):
             attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
             h = self.rms_norm(f"{attention}.layer_norm", x)
             names = [f"{attention}.SelfAttention.{part}" for part in "qkv"]
-            read = attend(*self.to_heads(names, self.config["num_heads"], h), scale=1, bias=bias)  # not divided by √k
-            x = x + self.linear(f"{attention}.SelfAttention.o", read)
+            heads = self.to_heads(names, self.config["num_heads"], h)
+            x = x + self.linear(f"{attention}.SelfAttention.o", attend(*heads, scale=1, bias=bias))  # not divided by √k
             h = self.rms_norm(f"{mlp}.layer_norm", x)
             h = gelu_tanh(self.linear(f"{mlp}.DenseReluDense.wi_0", h)) * self.linear(f"{mlp}.DenseReluDense.wi_1", h)
             x = x + self.linear(f"{mlp}.DenseReluDense.wo", h)
         return self.rms_norm("encoder.final_layer_norm", x)
 
     def position_bias(self, n: int) -> Array:
-        """What every layer adds to its logits, (h, query, key), by the distance of key and query: half of the buckets
-        for each direction; half of those for one distance each, the others grow by logarithm."""
+        """The bias of the logits in every layer, (h, query, key), by the distance of key and query: half of the buckets
+        for each direction; half of those for one distance each, the others of logarithmically growing width."""
         distance = np.arange(n)[None, :] - np.arange(n)[:, None]  # key − query
         half, far = self.config["relative_attention_num_buckets"] // 2, np.abs(distance)
         exact = half // 2
         span = np.float32(math.log(self.config["relative_attention_max_distance"] / exact))
-        growth = np.log(np.maximum(far, 1).astype(np.float32) / exact) / span  # at an edge float32's rounding decides
+        growth = np.log(np.maximum(far, 1).astype(np.float32) / exact) / span  # rounding decides at edges
         grown = np.minimum(exact + (growth * (half - exact)).astype(int), half - 1)
         bucket = np.where(far < exact, far, grown) + half * (distance > 0)
         return self.w["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][bucket].transpose(2, 0, 1)

@@ -134,9 +134,9 @@ def test_a_block(parts, model, last):
 
 @pytest.mark.parametrize("settings", [
     None, SHIPPED["repulsion"], {"scale": 1e3, "iterations": 3},
-    {"scale": 1e2, "iterations": 2, "blocks": "last", "site": "block"},
-    {"diversity": 0.3, "iterations": 1, "branches": "conditional", "blocks": [1, 7], "solver": "gram"},
-], ids=["none", "shipped", "the paper's", "last third, block", "one branch, two blocks"])  # fmt: skip
+    {"scale": 1e2, "iterations": 2, "blocks": "last"}, {"strength": 4.0, "iterations": 3},
+    {"strength": 0.3, "iterations": 1, "branches": "conditional", "blocks": [1, 7], "solver": "gram"},
+], ids=["none", "shipped", "the paper's", "last third", "strength 4", "one branch, two blocks"])  # fmt: skip
 def test_the_transformer_with_every_kind_of_push(parts, model, settings):
     config, wide = model.config, (8, 4)  # not square, smaller than the position table
     shapes = ((6, config.latent_channels, *wide), (6, 9, config.context_dim), (6, config.pooled_dim))
@@ -155,23 +155,42 @@ def test_the_features_of_a_noise_level(parts):
     np.testing.assert_allclose(network.record["time_in.in"][0], np.r_[np.cos(angles), np.sin(angles)], atol=2e-4)
 
 
-def test_a_push_ends_where_the_paper_s_loop_ends():
+LENGTHS = pytest.mark.parametrize("length", [{"scale": 5.0}, {"strength": 0.5}], ids=["scale", "strength"])
+
+
+@LENGTHS
+def test_a_push_ends_where_the_paper_s_loop_ends(length):
     tokens = 1 + 0.1 * random.standard_normal((6, 4, 10))
-    found, inside = PortRepulsion(scale=3.0, iterations=8).push(tokens, 2)
-    loop = Repulsion(scale=3.0, iterations=8, solver="autograd").streams("attention", *torch_of(tokens, tokens), 2)[0]
+    found, inside = PortRepulsion(iterations=8, **length).push(tokens, 2)
+    loop = Repulsion(iterations=8, solver="autograd", **length).bind(0, 1, groups=2)(torch.from_numpy(tokens))
     # automatic differentiation over the tokens; cosines of 0.99 cost two digits of float64
     assert np.linalg.norm(found - loop.numpy()) < 1e-10 * np.linalg.norm(found - tokens)
     assert inside["mixing"].shape == (2, 3, 3)
 
 
-@pytest.mark.parametrize("dose", [{"scale": 5.0}, {"diversity": 0.5}], ids=["scale", "diversity"])
-def test_twins_move_alike_and_nothing_moves_a_zero(dose):
+def test_strength_is_the_length_of_a_push_of_one_step_relative_to_the_group():
+    tokens = 1 + 0.1 * random.standard_normal((6, 4, 10))
+    tokens[3:] *= 100
+    found, _ = PortRepulsion(strength=1.5).push(tokens, 2)
+    for group in (slice(3), slice(3, 6)):
+        moved = np.linalg.norm((found - tokens)[group]) / np.linalg.norm(tokens[group])
+        assert moved == pytest.approx(1.5, rel=1e-12)
+
+
+def test_samples_that_all_coincide_stay():
+    tokens = np.repeat(random.standard_normal((1, 3, 4)), 4, axis=0)
+    assert (PortRepulsion(strength=2.0).push(tokens, 1)[0] == tokens).all()
+
+
+@LENGTHS
+def test_twins_move_alike_and_nothing_moves_a_zero(length):
     tokens = random.standard_normal((5, 3, 4))
     tokens[1], tokens[3] = tokens[0], 0
-    found, _ = PortRepulsion(iterations=4, **dose).push(tokens, 1)
-    ours = repel(torch.from_numpy(tokens), dose.get("scale"), 4, diversity=dose.get("diversity"))
+    found, _ = PortRepulsion(iterations=4, **length).push(tokens, 1)
+    ours = repel(torch.from_numpy(tokens), length.get("scale"), 4, strength=length.get("strength"))
     assert relative(found, ours) < EXACT
-    assert (found[3] == 0).all() and np.abs(found[1] - found[0]).max() < EXACT < np.abs(found[0] - tokens[0]).max()
+    # the least eigenvalue is ε / B = 2e-5, of which a rounding of 1e-16 is 5e-12
+    assert (found[3] == 0).all() and np.abs(found[1] - found[0]).max() < 1e-11 < np.abs(found[0] - tokens[0]).max()
 
 
 @pytest.mark.parametrize("repelled", [False, True], ids=["base", "repelled"])
@@ -186,7 +205,7 @@ def test_the_pictures_are_ours(pipeline, inputs, repelled):
 
 def test_without_guidance_and_with_a_later_start_of_the_push(pipeline, inputs):
     parts, settings = load(FOLDER)
-    later = {"diversity": 0.5, "iterations": 1, "start": 1, "steps": 1, "site": "block"}
+    later = {"strength": 0.5, "iterations": 2, "start": 1, "steps": 1}
     settings |= {"steps": 3, "guidance": 0.5, "repulsion": PortRepulsion(**later)}
     found = paint(parts, inputs, **settings)["pixels"]
     ours = pipeline(PROMPT, 2, steps=3, noise=torch.from_numpy(inputs["noise"]), guidance=0.5,
@@ -194,10 +213,14 @@ def test_without_guidance_and_with_a_later_start_of_the_push(pipeline, inputs):
     assert np.abs(found - np.stack(ours).astype(int)).max() <= 2
 
 
-def test_it_passes_the_kit(tmp_path):
-    porting.write(tmp_path / "kit", "tiny-sd3", PROMPT, steps=2)
+@pytest.mark.parametrize(("images", "repulsion"), [
+    (2, {}), (4, {}), (16, {}), (16, {"repulsion": {"strength": 4.0, "iterations": 3}}),
+], ids=["2", "4", "16", "16, strength 4"])  # fmt: skip
+def test_it_passes_the_kit(changed, tmp_path, images, repulsion):
+    folder = changed("sampling.json", **repulsion)
+    porting.write(tmp_path / "kit", str(folder), PROMPT, images, steps=2)
     kit = porting.Kit.read(tmp_path / "kit")
-    parts, settings = load(FOLDER)
+    parts, settings = load(folder)
     given = safetensors.read(tmp_path / "kit" / "kit.safetensors")
     given = {name: given[name] for name in ("clip_l.ids", "clip_g.ids", "t5.ids", "noise")}
     found = paint(parts, given, **settings | {"steps": 2})
@@ -230,13 +253,14 @@ def test_the_program_paints_what_the_readme_s_lines_prepare(changed, tmp_path, m
 ])  # fmt: skip
 def test_what_it_does_not_do_is_refused(changed, file, entry, value):
     folder = changed(file, **{entry: value})
-    with pytest.raises(ValueError, match=f"{re.escape(str(folder / file))} has {entry} .*only does .*use the project"):
+    match = f"{re.escape(str(folder / file))} has {entry} .*supports only .*use the project"
+    with pytest.raises(ValueError, match=match):
         load(folder)
 
 
 @pytest.mark.parametrize("settings", [
-    {"scale": 1.0, "objective": "dpp"}, {"scale": 1.0, "tokens": "image"}, {"diversity": 0.5, "solver": "autograd"},
-    {"scale": 1.0, "diversity": 0.5}, {"iterations": 2}, {"scale": 1.0, "speed": 2},
+    {"scale": 1.0, "objective": "dpp"}, {"strength": 0.5, "solver": "autograd"}, {"scale": 1.0, "strength": 0.5},
+    {"iterations": 2}, {"scale": 1.0, "speed": 2},
 ])  # fmt: skip
 def test_other_pushes_are_refused(changed, settings):
     with pytest.raises(ValueError, match="beyond it, use the project"):
