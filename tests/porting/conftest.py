@@ -1,12 +1,14 @@
-"""A kit of tiny-sd3 and one of a small random FLUX.1, and the pipelines that the tests break."""
+"""A kit of tiny-sd3 (repulsion by strength) and one of a small random FLUX.1 (by scale), and pipelines to break."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import weights
 from porting import Kit, write
 from sampler import Pipeline
 
@@ -15,10 +17,21 @@ from small_pipelines import flux, saved  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny_model(tmp_path_factory):
+    """tiny-sd3 with repulsion of our choice, whatever the bundled checkpoint's default is."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(weights.resolve("tiny-sd3"), folder)
+    sampling = json.loads((folder / "sampling.json").read_text())
+    sampling["repulsion"] = {"strength": 1.5, "iterations": 3, "steps": 1}
+    (folder / "sampling.json").write_text(json.dumps(sampling))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model, tmp_path_factory):
     """The folder of a kit of a single step."""
     folder = tmp_path_factory.mktemp("kits") / "tiny"
-    write(folder, "tiny-sd3", "a circle", steps=1)
+    write(folder, str(tiny_model), "a circle", steps=1)
     return folder
 
 
@@ -28,9 +41,9 @@ def kit(tiny):
 
 
 @pytest.fixture
-def pipeline():
+def pipeline(tiny_model):
     """One that a test may break."""
-    return Pipeline.load("tiny-sd3", dtype=torch.float32)
+    return Pipeline.load(tiny_model, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

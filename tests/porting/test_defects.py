@@ -1,8 +1,10 @@
-"""Our own model, broken as ports are: the checker names the stage and, where the numbers tell it, the mistake."""
+"""Usual mistakes planted in our own model: the checker names the tensor and, where the result shows it, the mistake."""
 
+import importlib
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -21,14 +23,13 @@ import repulsion.solvers
 import sampler.conditioning
 import sampler.pipeline
 from porting import compare, record, report
-from porting.recording import Watch
 from repulsion.objectives import OBJECTIVES
 
 SDPA = F.scaled_dot_product_attention
 
 
 class Broken:
-    """A pipeline with a run, and what a defect needs to be planted in it until the test is over."""
+    """A pipeline with a run, in which a defect is planted until the test ends."""
 
     def __init__(self, pipeline, run, monkeypatch):
         self.pipeline, self.run, self.patch = pipeline, run, monkeypatch
@@ -93,8 +94,8 @@ def table_from_its_corner(it):
 
 
 def modulation(formula):
-    return lambda it: it.patch.setattr(mmdit.blocks, "modulate", lambda x, shift, scale: formula(
-        x, shift, scale, lambda x, eps=1e-6: F.layer_norm(x, x.shape[-1:], eps=eps)))
+    return lambda it: it.patch.setattr(mmdit.blocks, "modulate", lambda x, by: formula(
+        x, by.shift, by.scale, lambda x, eps=1e-6: F.layer_norm(x, x.shape[-1:], eps=eps)))
 
 
 def no_norm_of_q(it):
@@ -110,23 +111,64 @@ def exact_gelu(it):
 
 
 def no_gate(it):
-    it.patch.setattr(mmdit.blocks.Stream, "finish", lambda self, tokens, shift, scale, gate:
-                     tokens + self.mlp(mmdit.blocks.modulate(tokens, shift, scale)))
+    def ungated(found, *_):
+        return found if found.mlp is None else found._replace(mlp=found.mlp._replace(gate=1))
+
+    it.wrapped(mmdit.blocks, "StreamModulation", ungated)
 
 
 def no_normalization(it):
-    for module in (porting.recording, repulsion.kernel):
-        it.patch.setattr(module, "cosine_kernel", lambda vectors: vectors @ vectors.mT)
+    it.patch.setattr(porting.recording, "cosine_kernel", lambda vectors: vectors @ vectors.mT)
 
 
 def no_epsilon(it):
     for module in (porting.recording, repulsion.solvers):
-        it.patch.setattr(module, "density_matrix", lambda kernel, reg: kernel / kernel.shape[-1])
+        it.patch.setattr(module, "density_matrix", lambda kernel, identity, reg: kernel / len(identity))
 
 
 def downhill(it):
-    up = OBJECTIVES["vendi"]
-    it.patch.setitem(OBJECTIVES, "vendi", lambda density: -up(density))
+    it.patch.setitem(OBJECTIVES, "vendi", tuple(lambda density, up=up: -up(density) for up in OBJECTIVES["vendi"]))
+
+
+def norm(x):
+    return np.sqrt(np.trace(x, axis1=1, axis2=2))[:, None, None]
+
+
+def strength(s, gram, moved):
+    """The length of a step as it should be; `moved` are the inner products of its direction."""
+    return s * norm(gram) / norm(moved)
+
+
+def steps(length, anew=True):
+    """Steps of another length than `strength`, or all along the first gradient."""
+
+    def mixing_matrix(gram, s, scale, iterations, objective, reg):
+        identity = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape)
+        pushed = identity
+        for _ in range(iterations):
+            at = pushed if anew else identity
+            direction = repulsion.solvers.gradient_matrix(at @ gram @ at.swapaxes(1, 2), objective, reg) @ at
+            moved = direction @ gram @ direction.swapaxes(1, 2)
+            pushed = pushed + length(s / iterations, gram, moved) * direction
+        return pushed - identity, np.inf
+
+    def plant(it):
+        for module in ("repulsion.repel", "repulsion.solvers"):
+            it.patch.setattr(importlib.import_module(module), "mixing_matrix", mixing_matrix)
+
+    return plant
+
+
+def of_each_sample(s, gram, moved):
+    return s * np.sqrt(np.diagonal(gram, axis1=1, axis2=2) / np.diagonal(moved, axis1=1, axis2=2))[..., None]
+
+
+def of_one_sample(s, gram, moved):
+    return s * np.sqrt(np.diagonal(gram, axis1=1, axis2=2).mean(1))[:, None, None] / norm(moved)
+
+
+def of_the_batch(s, gram, moved):
+    return s * np.linalg.norm(norm(gram)) / np.linalg.norm(norm(moved))
 
 
 def pushed(change):
@@ -141,12 +183,13 @@ def other_repulsion(**settings):
 
 
 def weight(change):
-    return lambda it: it.patch.setattr(Watch, "weight", lambda self, w, sigma: change(w))
+    return lambda it: it.wrapped(sampler.pipeline, "GuidedVelocity",
+                                 lambda found, *_: replace(found, weight=change(found.weight)))
 
 
 def uphill(it):
-    own = sampler.pipeline.euler
-    it.patch.setattr(sampler.pipeline, "euler", lambda velocity, *rest: own(lambda *x: -velocity(*x), *rest))
+    own = porting.recording.denoise
+    it.patch.setattr(porting.recording, "denoise", lambda velocity, *rest: own(lambda *x: -velocity(*x), *rest))
 
 
 def decoded(**config):
@@ -157,9 +200,9 @@ def decoded(**config):
     return plant
 
 
-def cut_off(it):
+def truncated(it):
     def to_picture(pixels):
-        return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy())
+        return Image.fromarray(((pixels[0].clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy())
 
     it.patch.setattr(sampler.pipeline, "to_picture", to_picture)
 
@@ -190,7 +233,7 @@ DEFECTS = {
     "sines first": (time_features(lambda found, _: found.roll(128, -1)), "time_in.in", FOUND + "sines before cosines"),
     "patches as (p q c)": (
         lambda it: it.pattern(mmdit.model, "-> b (rows columns) (c p q)", "-> b (rows columns) (p q c)"),
-        "image_in.in", FOUND + "a patch's numbers as (p q c)"),
+        "image_in.in", FOUND + "a patch's values as (p q c)"),
     "table from its corner": (table_from_its_corner, "dual.0.image.in", "cropped from its corner"),
     "scale and shift swapped": (modulation(lambda x, shift, scale, norm: (1 + shift) * norm(x) + scale),
                                 "dual.0.attention.context.in", FOUND + "shift and scale swapped"),
@@ -206,18 +249,27 @@ DEFECTS = {
     "no 1/√k": (attention(scale=1.0), "dual.0.attention.attended", FOUND + "no 1/√k"),
     "causal": (attention(is_causal=True), "dual.0.attention.attended", FOUND + "a causal mask"),
     "heads joined as (k h)": (lambda it: it.pattern(mmdit.attention, "-> b n (h k)", "-> b n (k h)"),
-                              "dual.0.attention.context.out", "heads joined as (k h)"),
+                              "dual.0.repulsion.in", "heads joined as (k h)"),
     "exact GELU": (exact_gelu, "dual.0.image.mlp.activation.out", FOUND + "exact GELU"),
     "no gate": (no_gate, "dual.0.image.out", FOUND + "no gate after the MLP"),
     "kernel not normalized": (no_normalization, "dual.0.repulsion.kernel", FOUND + "not normalized"),
     "no ε in the kernel": (no_epsilon, "dual.0.repulsion.spectrum", FOUND + "no ε"),
     "entropy falls": (downhill, "dual.0.repulsion.gradient", FOUND + "the other sign"),
-    "one iteration": (other_repulsion(iterations=1), "dual.0.repulsion.mixing", "another number of steps"),
+    "two iterations": (other_repulsion(iterations=2), "dual.0.repulsion.mixing", "another number of steps: it is 3"),
+    "another strength": (other_repulsion(strength=2.0), "dual.0.repulsion.mixing", "in each group, s = 1.5"),
+    "gradient not normalized": (steps(lambda s, gram, moved: s), "dual.0.repulsion.mixing",
+                                FOUND + "the gradient not normalized"),
+    "one gradient": (steps(strength, anew=False), "dual.0.repulsion.mixing", FOUND + "all steps along the first"),
+    "strength not divided": (steps(lambda s, *x: 3 * strength(s, *x)), "dual.0.repulsion.mixing",
+                             FOUND + "each step s: it is s / M"),
+    "length of each sample": (steps(of_each_sample), "dual.0.repulsion.mixing", FOUND + "both norms of each sample"),
+    "length of one sample": (steps(of_one_sample), "dual.0.repulsion.mixing", FOUND + "‖C‖ of one sample"),
+    "length of the batch": (steps(of_the_batch), "dual.0.repulsion.mixing", FOUND + "both norms of the whole batch"),
     "not pushed": (pushed(lambda found, tokens, *_: tokens.clone()), "dual.0.repulsion.out", FOUND + "not pushed"),
     "pushed together": (pushed(lambda found, tokens, *_: 2 * tokens - found), "dual.0.repulsion.out",
                         FOUND + "pushed together"),
-    "all branches pushed": (other_repulsion(branches="all"), "dual.0.repulsion.gram",
-                            "shape (2, 2, 2), expected (1, 2, 2)"),
+    "one branch pushed": (other_repulsion(branches="conditional"), "dual.0.repulsion.gram",
+                          "shape (1, 2, 2), expected (2, 2, 2)"),
     "repulsion in one block": (other_repulsion(blocks=(0,)), "dual.7.context.in", "repulsion in another block"),
     "last modulation as on the hub": (lambda it: edited(it.model.final_modulation, lambda rows: rows.roll(128, 0)),
                                       "final_modulation", FOUND + "scale before shift"),
@@ -226,10 +278,10 @@ DEFECTS = {
         "image_out.out", FOUND + "rows as (p q c)"),
     "velocity of other patches": (lambda it: it.pattern(mmdit.model, "b (rows columns) (c p q) ->",
                                                         "b (rows columns) (p q c) ->"),
-                                  "velocity.unconditional", FOUND + "a patch's numbers taken as (p q c)"),
+                                  "velocity.unconditional", FOUND + "a patch's values taken as (p q c)"),
     "guidance the wrong way": (weight(lambda w: 1 - w), "velocity.guided", FOUND + "the branches swapped"),
     "guidance from the conditional": (weight(lambda w: 1 + w), "velocity.guided",
-                                      FOUND + "counted from the conditional"),
+                                      FOUND + "added to the conditional"),
     "Euler the wrong way": (uphill, "latent.1", FOUND + "a step the wrong way"),
     "shift subtracted": (decoded(shift=lambda own: -own.shift), "decoder.in", FOUND + "the shift subtracted"),
     "scaling multiplied": (decoded(scaling=lambda own: 1 / own.scaling), "decoder.in",
@@ -237,7 +289,7 @@ DEFECTS = {
     "eps of the decoder": (lambda it: for_all([it.autoencoder], nn.GroupNorm, "eps", 1e-3), "image", "eps is 1e-6"),
     "blue, green, red": (lambda it: edited(it.autoencoder.decoder.conv_out, lambda rows: rows.flip(0)), "image",
                          FOUND + "channels as blue, green, red"),
-    "pixels cut off": (cut_off, "pixels", FOUND + "cut off"),
+    "pixels truncated": (truncated, "pixels", FOUND + "truncated"),
 }
 
 
@@ -256,13 +308,18 @@ def test_a_planted_defect_is_named(kit, pipeline, monkeypatch, plant, name, word
     assert_named(kit, Broken(pipeline, kit.run, monkeypatch), plant, name, words)
 
 
+def test_steps_as_they_should_be_deviate_nowhere(kit, pipeline, monkeypatch):
+    broken = Broken(pipeline, kit.run, monkeypatch)
+    steps(strength)(broken)
+    assert all(row.passed for row in compare(kit, record(pipeline, kit.run)))
+
+
 def rotation(change):
     return lambda it: it.wrapped(mmdit.attention, "rotate", change)
 
 
-def half_split(found, x, angles):
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos().float(), angles.sin().float()
+def half_split(found, x, rope):
+    (cos, sin), (first, second) = rope, x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
@@ -298,22 +355,26 @@ def image_first(it):
     def cat(tensors, dim=0):
         return torch.cat(tensors[::-1] if dim == 1 and len(tensors) == 2 else tensors, dim=dim)
 
-    it.patch.setattr(mmdit.model, "torch", SimpleNamespace(cat=cat, zeros=torch.zeros, float64=torch.float64))
+    it.patch.setattr(mmdit.model, "torch", SimpleNamespace(**vars(torch) | {"cat": cat}))
 
 
 FLUX_DEFECTS = {
     "no shift": (lambda it: it.patch.setattr(it.pipeline, "shift", 1.0), "sigmas", FOUND + "σ not shifted"),
     "RoPE in halves": (rotation(half_split), "dual.0.attention.q", FOUND + "RoPE: pairs (j, j + k/2)"),
-    "RoPE the other way": (rotation(lambda found, x, angles: mmdit.position.rotate(x, -angles)), "dual.0.attention.q",
-                           FOUND + "RoPE: turned the other way"),
-    "no RoPE": (rotation(lambda found, x, angles: x), "dual.0.attention.q", FOUND + "RoPE: not turned"),
-    "rows and columns swapped": (rows_and_columns_swapped, "dual.0.angles.in", "rows and columns swapped"),
+    "RoPE the other way": (rotation(lambda found, x, rope: mmdit.position.rotate(x, torch.stack([rope[0], -rope[1]]))),
+                           "dual.0.attention.q", FOUND + "RoPE: rotated the other way"),
+    "no RoPE": (rotation(lambda found, x, rope: x), "dual.0.attention.q", FOUND + "RoPE: not rotated"),
+    "rows and columns swapped": (rows_and_columns_swapped, "dual.0.rope.in", "rows and columns swapped"),
+    "sin before cos": (lambda it: it.wrapped(mmdit.model.MMDiT, "rope", lambda found, *_: found.flip(0)),
+                       "dual.0.rope.in", FOUND + "sin before cos"),
     "guidance for 1000 · guidance": (guidance_in_ones, "guidance_in.in", FOUND + "σ for 1000 σ"),
     "image before context": (image_first, "single.0.tokens.in", FOUND + "the image's tokens before the context's"),
     "exact GELU in single-stream blocks": (exact_gelu_in_single_blocks, "single.0.activation.out",
                                            FOUND + "exact GELU"),
     "activation before attention": (activation_first, "single.0.linear_out.in",
                                     FOUND + "the activation before the attention"),
+    "η not divided": (other_repulsion(scale=300.0), "dual.0.repulsion.mixing", FOUND + "each step η: it is η / M"),
+    "one gradient": (other_repulsion(iterations=1), "dual.0.repulsion.mixing", FOUND + "all steps along the first"),
     "repulsion in two steps": (other_repulsion(steps=2), "latent.2", "repulsion in other steps: it acts in 0 … 0"),
 }
 

@@ -1,4 +1,4 @@
-"""A kit is true: its tensors obey its formulas from the inputs that it names, and its tolerances are measured."""
+"""A kit is correct: its tensors follow from its formulas and inputs, and its tolerances from measurements."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def found(which, request):
     return request.getfixturevalue(which)
 
 
-# ---- a stage by itself: what the kit holds, from what the kit holds
+# ---- each stage by hand, from the kit's own inputs
 
 
 def angles_of(t, run):
@@ -55,9 +55,7 @@ def dual_blocks(t, run):
             x = t[f"{block}.{s}.in"] + gate * t[f"{block}.attention.{s}.out"]
             yield f"{block}.{s}.mlp.in", modulated(x, mlp_shift, mlp_scale)
             yield f"{block}.{s}.mlp.activation.out", tanh_gelu(t[f"{block}.{s}.mlp.in_layer.out"])
-            pushed = s == "context" and run.repulsion.site == "block" and f"{block}.repulsion.in" in t
-            out = f"{block}.repulsion.in" if pushed else f"{block}.{s}.out"
-            yield out, x + mlp_gate * t[f"{block}.{s}.mlp.out"]
+            yield f"{block}.{s}.out", x + mlp_gate * t[f"{block}.{s}.mlp.out"]
         yield from attention(t, block)
 
 
@@ -79,25 +77,37 @@ def single_blocks(t, run):
         yield f"{block}.linear_out.in", torch.cat([t[f"{block}.repulsion.out"], t[f"{block}.activation.out"]], -1)
 
 
+def gradient_matrix(gram, eps):
+    """D of Σ_j D_ij c_j = ∂H/∂c_i, with the kernel and the eigenvalues that it is computed from."""
+    b, r = gram.shape[-1], gram.diagonal(dim1=1, dim2=2).rsqrt()
+    kernel = gram * r[:, :, None] * r[:, None, :]
+    values, vectors = torch.linalg.eigh((kernel + eps * torch.eye(b)) / (b * (1 + eps)))
+    w = vectors @ torch.diag_embed(-values.log() - 1) @ vectors.mT / (b * (1 + eps))  # ∂H/∂K
+    w = w * (1 - torch.eye(b))
+    return 2 * (w * r[:, :, None] * r[:, None, :] - torch.diag_embed((w * kernel).sum(2) * r**2)), kernel, values
+
+
 def one_push(t, run):
-    """Eq. 3 and 4 and their gradient, in the words of the kit."""
-    place, eps = "dual.0.repulsion", run.repulsion.kernel_reg
-    count = run.images
-    tokens = t[f"{place}.in"][-count:]  # of the conditional branch, or of the only one
-    c = tokens.flatten(1)
-    gram, r = c @ c.T, 1 / c.norm(dim=1)
-    yield f"{place}.gram", gram[None]
-    kernel = t[f"{place}.gram"][0] * r[:, None] * r
-    yield f"{place}.kernel", kernel[None]
-    values, vectors = torch.linalg.eigh((t[f"{place}.kernel"][0] + eps * torch.eye(count)) / (count * (1 + eps)))
-    yield f"{place}.spectrum", values[None]
-    w = vectors @ torch.diag(-values.log() - 1) @ vectors.T / (count * (1 + eps))  # ∂H/∂K
-    w.fill_diagonal_(0)
-    d = 2 * (w * r[:, None] * r - torch.diag((w * kernel).sum(1) * r**2))
+    """Eq. 3 and 4, their gradient, and the steps along it, in the words of the kit."""
+    place, r = "dual.0.repulsion", run.repulsion
+    tokens, gram = t[f"{place}.in"], t[f"{place}.gram"]
+    c = tokens.flatten(1).unflatten(0, (len(run.prompts), run.images))
+    d, kernel, _ = gradient_matrix(gram, r.kernel_reg)
+    yield f"{place}.gram", c @ c.mT
+    yield f"{place}.kernel", kernel
+    _, _, values = gradient_matrix(t[f"{place}.kernel"], r.kernel_reg)
+    yield f"{place}.spectrum", values
     yield f"{place}.gradient", (d @ c).view_as(tokens)
-    mixed = t[f"{place}.in"].clone()
-    mixed[-count:] += torch.einsum("ab,bnd->and", t[f"{place}.mixing"][0], tokens)
-    yield f"{place}.out", mixed
+    a = torch.eye(run.images).double().expand_as(gram)
+    for _ in range(r.iterations):
+        direction = gradient_matrix(a @ gram @ a.mT, r.kernel_reg)[0] @ a
+        length = (r.scale or 0) / r.iterations
+        if r.strength is not None:
+            moved = (direction @ gram @ direction.mT).diagonal(dim1=1, dim2=2).sum(1)
+            length = (r.strength / r.iterations * (gram.diagonal(dim1=1, dim2=2).sum(1) / moved).sqrt())[:, None, None]
+        a = a + length * direction
+    yield f"{place}.mixing", a - torch.eye(run.images)
+    yield f"{place}.out", tokens + (t[f"{place}.mixing"] @ c).view_as(tokens)
 
 
 def the_rest(t, run):
@@ -152,14 +162,14 @@ def test_token_ids_and_noise_are_those_of_the_prompt_and_the_seed(kit):
     assert torch.equal(kit.tensors["noise"], starting_noise(0, 2, (6, 16, 16)))
 
 
-def test_the_run_comes_back_from_json(kit, pipeline):
-    assert kit.run == Run.of(pipeline, "tiny-sd3", "a circle", steps=1)
+def test_the_run_comes_back_from_json(kit, pipeline, tiny_model):
+    assert kit.run == Run.of(pipeline, str(tiny_model), "a circle", steps=1)
     assert kit.run.prompts == ("", "a circle") and kit.run.repulsion == pipeline.defaults.repulsion
 
 
 def test_second_attentions_late_repulsion_and_no_t5(tmp_path):
     _, pipeline = saved(sd3("rms_norm", dual_attention=(0, 1), with_t5=False), tmp_path / "model")
-    push = {"diversity": 0.3, "iterations": 2, "start": 1, "blocks": [1, 2], "site": "block"}
+    push = {"strength": 0.5, "iterations": 2, "start": 1, "blocks": [1, 2], "objective": "dpp"}
     sampling = {"steps": 3, "guidance": 3.5, "height": 32, "width": 48, "repulsion": push}
     (tmp_path / "model" / "sampling.json").write_text(json.dumps(sampling))
     write(tmp_path / "kit", str(tmp_path / "model"), "a star", images=3)
@@ -176,7 +186,8 @@ def test_second_attentions_late_repulsion_and_no_t5(tmp_path):
     assert not [row.entry.name for row in rows if row.passed is False]
     broken = {name: tensor.flip(-1) if name == "dual.1.repulsion.in" else tensor for name, tensor in t.items()}
     (wrong,) = [row for row in compare(found, broken) if not row.passed]
-    assert wrong.entry.stage == "dual.1.repulsion" and "the context's tokens of dual.1" in wrong.entry.formula
+    assert wrong.entry.stage == "dual.1.repulsion"
+    assert "the context output of the attention of dual.1" in wrong.entry.formula
 
 
 def residual(t):
@@ -268,9 +279,10 @@ def test_the_page_walks_through_every_tensor_in_order(tiny, kit):
         assert float(tolerance) == pytest.approx(row["tolerance"], rel=0.05)
     for row in kit.rows:
         assert f"## {row['stage']}" in page and all(cause in page for cause in row["causes"])
-    for said in ("“a circle”", "python -m porting check tiny yours.npz", "diversity=0.95", "out of the kit"):
+    for said in ("“a circle”", "python -m porting check tiny yours.npz", "strength=1.5", "taken from the kit"):
         assert said in page
-    assert max(len(line) for line in page.split("## This run")[0].splitlines()) <= 120
+    frame = page.split("## This run")[0].replace(kit.run.model, "tiny-sd3")
+    assert max(len(line) for line in frame.splitlines()) <= 120
 
 
 def test_an_older_kit_stays_unless_told_otherwise(tmp_path):
