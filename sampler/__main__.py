@@ -1,6 +1,7 @@
 """`python -m sampler PROMPT`: the same seeds twice, a typical batch and one whose samples repel each other."""
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import asdict
@@ -16,20 +17,15 @@ from .pipeline import Pipeline
 
 def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline of --model and what is given beside it."""
-    tokenizers = args.tokenizers
-    if tokenizers is not None and len(tokenizers) == 1:
-        (tokenizers,) = tokenizers
     return Pipeline.load(
-        args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, transformer=args.transformer,
-        autoencoder=args.autoencoder, text_encoders=args.text_encoders, tokenizers=tokenizers, offload=args.offload,
-        keep_float8=args.keep_float8,
+        args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, offload=args.offload,
+        keep_float8=args.keep_float8, transformer=args.transformer, autoencoder=args.autoencoder,
+        text_encoders=args.text_encoders, tokenizers=args.tokenizers,
     )
 
 
 def open_picture(file: Path) -> Image.Image:
-    """The picture in a file. Raises FileNotFoundError or ValueError naming the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"--image {file}: there is no such file")
+    """The picture in a file. Raises ValueError naming the file."""
     try:
         picture = Image.open(file)
         picture.load()
@@ -48,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     if repulsion is not None:
         repulsion.check_blocks(pipeline.config.num_blocks)
     call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
-            "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed}
+            "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed,
+            "skip_layer_guidance": skip}
 
     diverse = "repelled" if args.method == "repulsion" else args.method
     batches = {} if args.no_compare else {"base": {}}
@@ -56,16 +53,14 @@ def run(args: argparse.Namespace) -> None:
     pictures, found = {}, {}
     for name, ways in batches.items():
         start = time.perf_counter()
-        pictures[name] = pipeline(args.prompt, args.images, **call, image=image, skip_layer_guidance=skip, **ways,
-                                  progress=name)
-        seconds = time.perf_counter() - start
-        found[name] = report.describe_batch(pictures[name], args.prompt, pipeline.defaults.world)
-        found[name]["seconds"] = round(seconds, 3)
+        pictures[name] = pipeline(args.prompt, args.images, **call, image=image, **ways, progress=name)
+        seconds = round(time.perf_counter() - start, 3)
+        found[name] = report.describe_batch(pictures[name], args.prompt, pipeline.defaults.world) | {"seconds": seconds}
 
     width, height = pictures[diverse][0].size
     about = {"model": name_of(args), "prompt": args.prompt, "images": args.images,
              **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
-             "height": height, "width": width, "image": None if image is None else str(args.image),
+             "height": height, "width": width, "image": args.image and str(args.image),
              "skip_layer_guidance": None if skip is None else asdict(skip)}
     ways = {"repulsion": None if repulsion is None else asdict(repulsion),
             "method": None if other is None else {"name": args.method, **asdict(other)}}
@@ -78,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
 
 def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict) -> None:
     """Single pictures, a grid of each batch, both grids side by side, and the numbers."""
-    other = ways["method"] and ways["method"]["name"]
-    how = " and ".join(name for name in (other, ways["repulsion"] and "contextual repulsion") if name)
+    how = [ways["method"]["name"]] if ways["method"] else []
+    how += ["contextual repulsion"] if ways["repulsion"] else []
     sheets = []
     for name, batch in pictures.items():
         made = {**about, **(dict.fromkeys(ways) if name == "base" else ways)}
@@ -87,12 +82,12 @@ def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict) ->
             output.save_png(picture, folder / f"{name}-{i:02d}.png", {**made, "index": i})
         sheet = output.grid(batch)
         output.save_png(sheet, folder / f"{name}.png", made)
-        label = "typical" if name == "base" else f"with {how}"
+        label = "typical" if name == "base" else f"with {' and '.join(how)}"
         sheets.append((f"{label}: Vendi score {found[name]['vendi']:.2f}", sheet))
     if len(sheets) == 2:
-        compare = output.side_by_side(sheets, about["prompt"])
-        output.save_png(compare, folder / "compare.png", {**about, **ways})
-    output.write_summary(folder, {**about, **ways, "batches": found})
+        output.save_png(output.side_by_side(sheets, about["prompt"]), folder / "compare.png", {**about, **ways})
+    summary = json.dumps({**about, **ways, "batches": found}, indent=2, ensure_ascii=False)
+    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
 
 
 def main() -> int:

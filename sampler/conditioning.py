@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
+from mmdit import ClipTokenizer, T5Tokenizer
 from mmdit.clip import ClipOutput
 
-from .parts import Part, using
+from .parts import Part
 
 T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; of FLUX.1-schnell 256, which `t5_limit` says
 
@@ -24,8 +24,8 @@ class TextEncoders:
 
     family: str  # "flux" or "sd3"
     context_dim: int
-    clips: list[tuple[ClipTokenizer, ClipTextEncoder | Part]]
-    t5: tuple[T5Tokenizer, T5Encoder | Part] | None = None
+    clips: list[tuple[ClipTokenizer, Part]]
+    t5: tuple[T5Tokenizer, Part] | None = None
     t5_limit: int | None = None  # how many tokens of T5 the transformer knows; None: as many as its family
 
     @property
@@ -52,18 +52,17 @@ class TextEncoders:
         return (t5, clips[0].unprojected) if self.family == "flux" else sd3_conditioning(clips, t5)
 
     def check_length(self, prompt: str) -> None:
-        lengths = [(name, tokenizer.count(prompt), tokenizer.length)
+        """Warns of a text encoder that truncates the prompt. Raises ValueError where each of them does."""
+        lengths = [(tokenizer.length, tokenizer.count(prompt), name)
                    for name, (tokenizer, _) in zip(("CLIP-L", "CLIP-G"), self.clips, strict=False)]
         if self.t5 is not None:
-            lengths.append(("T5", self.t5[0].count(prompt), self.t5_length))
-        cut = [(limit, count, name) for name, count, limit in lengths if count > limit]
-        whole = [name for name, count, limit in lengths if count <= limit]
-        if not whole:
-            limit, count, _ = max(cut)
-            raise ValueError(f"the prompt has {count} tokens and this checkpoint reads {limit}: shorten it")
-        if cut:
-            limit, count, name = cut[0]
-            message = f"{name} reads only {limit} of the prompt's {count} tokens; {whole[-1]} reads them all"
+            lengths.append((self.t5_length, self.t5[0].count(prompt), "T5"))
+        cut = [(limit, count, name) for limit, count, name in lengths if count > limit]
+        if len(cut) == len(lengths):
+            raise ValueError(f"the prompt has {max(cut)[1]} tokens and this checkpoint reads {max(cut)[0]}: shorten it")
+        for limit, count, name in cut[:1]:
+            whole = [length[2] for length in lengths if length not in cut][-1]
+            message = f"{name} reads only {limit} of the prompt's {count} tokens; {whole} reads them all"
             warnings.warn(message, stacklevel=3)
 
 
@@ -83,8 +82,8 @@ def join_batch(outputs: list[ClipOutput]) -> ClipOutput:
     return ClipOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 
-def encode(network: torch.nn.Module | Part, sequences: list[Tensor]) -> list:
+def encode(network: Part, sequences: list[Tensor]) -> list:
     """What a text encoder makes of each sequence of token ids, one by one."""
-    with using(network) as encoder:
+    with network.used() as encoder:
         device = next(encoder.parameters()).device
         return [encoder(ids.to(device)) for ids in sequences]

@@ -58,13 +58,10 @@ def public_name(path: Path, config: MMDiTConfig) -> str:
     Kontext and dev have the same tensors, so have large and turbo: these are told apart by what they are called.
     """
     if config.position == "rope":
-        if not config.guidance_embedding:
-            return "flux1-schnell"
-        return told_by_name(("flux1-dev", "flux1-kontext-dev"), path) or "flux1-dev"
-    if not config.qk_norm:
-        return "sd3-medium"
-    if config.dual_attention_blocks:
-        return "sd3.5-medium"
+        dev = told_by_name(("flux1-dev", "flux1-kontext-dev"), path) or "flux1-dev"
+        return dev if config.guidance_embedding else "flux1-schnell"
+    if not config.qk_norm or config.dual_attention_blocks:
+        return "sd3.5-medium" if config.dual_attention_blocks else "sd3-medium"
     return told_by_name(("sd3.5-large", "sd3.5-large-turbo"), path) or "sd3.5-large"
 
 

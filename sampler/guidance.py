@@ -44,12 +44,6 @@ class SkipLayerGuidance:
         """Whether step number `step` of `steps` is guided."""
         return self.start * steps < step < self.stop * steps
 
-    def check_layers(self, num_dual_blocks: int) -> None:
-        """Raises ValueError where `layers` names a block that the model does not have."""
-        if max(self.layers) >= num_dual_blocks:
-            raise ValueError(f"skip-layer guidance skips layer {max(self.layers)}, but this model's dual-stream blocks "
-                             f"end at {num_dual_blocks - 1}")
-
 
 @dataclass(frozen=True)
 class GuidedVelocity:
@@ -80,12 +74,10 @@ class GuidedVelocity:
         b, groups = len(x), 2 if guided and self.weight is not None else 1
         n = groups * b
         context, pooled = self.condition(b, sigma, step)
+        told = None if self.distilled is None else x.new_full((n,), self.distilled if guided else 1.0)
         inputs = {"latent": repeat(x, "b ... -> (g b) ...", g=groups), "sigma": x.new_full((n,), sigma),
-                  "context": context[-n:], "pooled": pooled[-n:]}
-        if self.distilled is not None:
-            inputs["guidance"] = x.new_full((n,), self.distilled if guided else 1.0)
-        if self.reference is not None:
-            inputs["reference"] = self.reference.expand(n, -1, -1, -1)
+                  "context": context[-n:], "pooled": pooled[-n:], "guidance": told,
+                  "reference": None if self.reference is None else self.reference.expand(n, -1, -1, -1)}
         repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
 
         v = self.transformer(**inputs, repulsion=repulsion, groups=groups).float()
@@ -93,7 +85,7 @@ class GuidedVelocity:
         if groups == 2:
             v = v[:b] + self.weight * (conditional - v[:b])
         if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
-            last = {name: tensor[-b:] for name, tensor in inputs.items()}
+            last = {name: None if tensor is None else tensor[-b:] for name, tensor in inputs.items()}
             skipped = self.transformer(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
             v = v + self.skip_layers.scale * (conditional - skipped)
         return v

@@ -47,42 +47,34 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m sampler", description=DESCRIPTION, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", help="what the pictures should show")
-    p.add_argument("--model", metavar="PATH", help="a bundled checkpoint, a folder (the hub's or of original "
-                   "files), an original or merged file, or a name on the hub (default: tiny-sd3)")
+    p.add_argument("--model", metavar="PATH", help="bundled checkpoint, folder, file or hub name (default: tiny-sd3)")
     p.add_argument("--images", type=int, default=8, help="pictures in the batch (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    p.add_argument("--guidance", type=float, help="how strongly the prompt rules (default: the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="weight of the prompt (default: the checkpoint's)")
     p.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from (default: nothing)")
     p.add_argument("--height", type=int, help="pixels (default: the checkpoint's; with --image about that picture's)")
     p.add_argument("--width", type=int, help="pixels (likewise)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to edit (FLUX.1-Kontext)")
-    p.add_argument("--true-guidance", type=float, metavar="W",
-                   help="FLUX.1: lead away from --negative this strongly, in twice the time")
-    p.add_argument("--skip-layers", type=indices, metavar="LIST",
-                   help="SD3.5-medium: lead away from what it paints without these blocks, usually 7-9")
-    p.add_argument("--skip-scale", type=float, metavar="S", help="how strongly (default: 2.8)")
+    p.add_argument("--true-guidance", type=float, metavar="W", help="FLUX.1: classifier-free guidance, with --negative")
+    p.add_argument("--skip-layers", type=indices, metavar="LIST", help="SD3.5-medium: skip-layer guidance, usually 7-9")
+    p.add_argument("--skip-scale", type=float, metavar="S", help="weight of skip-layer guidance (default: 2.8)")
     r = p.add_argument_group("diversity (defaults: the checkpoint's)")
-    r.add_argument("--strength", type=float, metavar="S", help="of the method, 0: none; of repulsion: the push is S "
-                   "times as long as the tokens")
-    r.add_argument("--method", choices=["repulsion", *METHODS], default="repulsion", help="contextual repulsion, or "
-                   "a rival (see sampler/methods); both, if an option of repulsion is given beside the rival's strength")
+    r.add_argument("--strength", type=float, metavar="S", help="of repulsion: the push over the length of the tokens")
+    r.add_argument("--method", choices=["repulsion", *METHODS], default="repulsion", help="or a rival")
     r.add_argument("--scale", type=float, help="η, instead of a strength: the step size, in a unit of the model")
     r.add_argument("--iterations", type=int, help="M, the number of gradient steps in one push")
     r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
-    r.add_argument("--branches", choices=["all", "conditional"], help="with classifier-free guidance: push both "
-                   "branches, or the conditional one")
+    r.add_argument("--branches", choices=["all", "conditional"], help="of classifier-free guidance: which are pushed")
     r.add_argument("--diversity", type=float, help=argparse.SUPPRESS)  # of earlier versions
     m = p.add_argument_group("where --model does not hold everything, or memory is short")
     m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
     m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
     m.add_argument("--text-encoders", metavar="PATH", nargs="+", help="likewise, such as clip_l.safetensors and t5xxl…")
-    m.add_argument("--tokenizers", metavar="PATH", nargs="+",
-                   help="the folder that holds tokenizer, tokenizer_2, …, or a path for each text encoder")
-    m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; moreover, the "
-                   "blocks of the large ones visit the GPU one by one")
-    m.add_argument("--keep-float8", action="store_true", help="keep matrices stored in float8 so, in half the memory")
+    m.add_argument("--tokenizers", metavar="PATH", nargs="+", help="the folder that holds them, or a path each")
+    m.add_argument("--offload", choices=["parts", "blocks"], help="one network at a time; or one block")
+    m.add_argument("--keep-float8", action="store_true", help="keeps float8 weights in float8, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
     o.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -119,8 +111,7 @@ def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
         if args.skip_scale is not None:
             raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
         return None
-    scale = {} if args.skip_scale is None else {"scale": args.skip_scale}
-    return SkipLayerGuidance(args.skip_layers, **scale)
+    return SkipLayerGuidance(args.skip_layers, **({} if args.skip_scale is None else {"scale": args.skip_scale}))
 
 
 def method(args: argparse.Namespace) -> Method | None:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -37,8 +38,7 @@ def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Ima
     """Labeled grids next to each other under a title."""
     size = max(15, sheets[0][1].height // 18)
     font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.25 * size))
-    top, label = round(2.2 * size), round(1.8 * size)
-    gap = 2 * GAP
+    top, label, gap = round(2.2 * size), round(1.8 * size), 2 * GAP
     width = sum(sheet.width for _, sheet in sheets) + gap * (len(sheets) - 1)
     picture = Image.new("RGB", (width, top + label + sheets[0][1].height), "white")
     draw = ImageDraw.Draw(picture)
@@ -53,11 +53,8 @@ def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Ima
 
 def fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    ends = (text, *(text[:i] + "…" for i in range(len(text) - 1, 0, -1)))
+    return next((end for end in ends if font.getlength(end) <= width), "…")
 
 
 def save_png(picture: Image.Image, file: Path, about: dict[str, object]) -> None:
@@ -87,13 +84,11 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     work.chmod(0o755)
     try:
         yield work
+        old = work.with_name(work.name + "-old")
         if target.exists():
-            old = work.with_name(work.name + "-old")
             os.replace(target, old)
-            os.replace(work, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, target)
+        os.replace(work, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -103,16 +98,7 @@ def folder_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
 
 
-def write_summary(folder: Path, content: dict[str, object]) -> None:
-    """summary.json, for people as well."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
-
-
 def free_folder(base: Path) -> Path:
     """`base`, or base-2, base-3, … : the first that does not exist."""
-    folder, number = base, 1
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+    names = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
+    return next(name for name in names if not name.exists())

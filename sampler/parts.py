@@ -1,7 +1,8 @@
 """The networks of a pipeline in memory: read when they are needed, and freed where memory is short."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,8 @@ class Part:
                 self._module = None
 
 
-def using(network: "Part | nn.Module"):
-    """`Part.used`, for a network that may as well be in memory anyway."""
-    return network.used() if isinstance(network, Part) else nullcontext(network)
-
-
 class StreamedBlocks(nn.ModuleList):
-    """Blocks that stay where they are and visit `device` one after the other, for the length of their call.
+    """Blocks that stay in the CPU's memory and are copied to `device` one after the other, for the time of their call.
 
     There they are in `dtype` where that is wider than what they are kept in (None: as they are kept).
     """
@@ -49,33 +45,22 @@ class StreamedBlocks(nn.ModuleList):
         self.device, self.dtype = device, dtype
 
     def __iter__(self) -> Iterator[Callable]:
-        for block in super().__iter__():
-            yield Visit(block, self.device, self.dtype)
+        return (partial(self.run, block) for block in super().__iter__())
 
-
-class Visit:
-    """A call of a block with copies of its parameters on another device, widened where that is asked."""
-
-    def __init__(self, block: nn.Module, device: torch.device, dtype: torch.dtype | None):
-        self.block, self.device, self.dtype = block, device, dtype
-
-    def __call__(self, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
-        here = {name: tensor.to(self.device, self._dtype_of(tensor))
-                for name, tensor in self.block.state_dict().items()}
-        return functional_call(self.block, here, arguments)
-
-    def _dtype_of(self, kept: Tensor) -> torch.dtype:
-        widens = self.dtype is not None and 2 <= kept.itemsize < self.dtype.itemsize  # float8 widens as it is used
-        return self.dtype if widens else kept.dtype
+    def run(self, block: nn.Module, *arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The block's result, from copies of its parameters on `device`; float8 widens as it is used."""
+        itemsize = 0 if self.dtype is None else self.dtype.itemsize
+        here = {name: tensor.to(self.device, self.dtype if 2 <= tensor.itemsize < itemsize else tensor.dtype)
+                for name, tensor in block.state_dict().items()}
+        return functional_call(block, here, arguments)
 
 
 def stream_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model with everything but its blocks on `device` in `dtype`; the blocks visit it one by one.
+    """The model with everything but its blocks on `device` in `dtype`; the blocks are copied there one by one.
 
     Works for an MMDiT and for text encoders, whose blocks are called layers.
     """
-    names = [name for name in ("dual_blocks", "single_blocks", "layers") if hasattr(model, name)]
-    blocks = {name: getattr(model, name) for name in names}
+    blocks = {name: found for name, found in model.named_children() if isinstance(found, nn.ModuleList)}
     for name in blocks:
         setattr(model, name, nn.ModuleList())
     model.to(device, dtype)

@@ -32,8 +32,7 @@ class Pipeline:
         self.parts = {"transformer": transformer, "autoencoder": autoencoder}
         self.text = text
         self.config, self.downscale = config, downscale  # the transformer's; pixels for each latent, along a side
-        self.shift = shift  # of the schedule; None: by picture size (FLUX.1-dev)
-        self.defaults = defaults
+        self.shift, self.defaults = shift, defaults  # of the schedule; None: by picture size (FLUX.1-dev)
         self.dtype, self.device = dtype, device  # that transformer and autoencoder compute in
 
     @classmethod
@@ -61,7 +60,8 @@ class Pipeline:
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
-        found = find_sources(name_or_path, transformer, autoencoder, text_encoders, tokenizers)
+        found = find_sources(name_or_path, transformer=transformer, autoencoder=autoencoder,
+                             text_encoders=text_encoders, tokenizers=tokenizers)
         main, free = found.transformer, offload is not None
 
         def load(stored: Stored, dtype: torch.dtype) -> nn.Module:
@@ -80,8 +80,9 @@ class Pipeline:
             scheduler = read_json(found.scheduler)
             shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
         autoencoder = Part(partial(found.autoencoder.load, dtype, device), free)
-        return cls(Part(partial(load, main, dtype), free), autoencoder, text, main.config,
-                   found.autoencoder.config.downscale, shift, defaults, dtype, device)
+        return cls(transformer=Part(partial(load, main, dtype), free), autoencoder=autoencoder, text=text, shift=shift,
+                   config=main.config, downscale=found.autoencoder.config.downscale, defaults=defaults, dtype=dtype,
+                   device=device)
 
     @property
     def transformer(self) -> MMDiT:
@@ -124,15 +125,18 @@ class Pipeline:
         self._check(prompt, images, image, skip_layer_guidance)
         weight = self._classifier_free(guidance, true_guidance, negative_prompt, skip_layer_guidance)
         method.check(guided=weight is not None or self.config.guidance_embedding)
-        area = self.defaults.height * self.defaults.width
-        pixels = None if image is None else reference_pixels(image, area, self.multiple)
+        usual = self.defaults.height * self.defaults.width  # the area of its own pictures
+        pixels = None if image is None else reference_pixels(image, usual, self.multiple)
         height, width = self._size(height, width, pixels)
         sigmas = self.sigmas(steps, height, width)
         draw = partial(self._noise, seed=seed, height=height, width=width, noise=noise)
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
 
         texts = self.text(*prompts)
-        reference = None if pixels is None else self._encode_picture(pixels)
+        reference = None
+        if pixels is not None:
+            with self.parts["autoencoder"].used() as autoencoder:
+                reference = autoencoder.encode(pixels.to(self.device, self.dtype))
         noise = method.noise(draw, images)
 
         def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
@@ -140,11 +144,11 @@ class Pipeline:
 
         with self.parts["transformer"].used() as transformer:
             velocity = GuidedVelocity(
-                transformer, method.condition(condition, seed), steps, weight=weight, reference=reference,
-                distilled=guidance if self.config.guidance_embedding else None, repulsion=repulsion,
-                skip_layers=skip_layer_guidance,
+                transformer=transformer, condition=method.condition(condition, seed), steps=steps, weight=weight,
+                distilled=guidance if self.config.guidance_embedding else None, reference=reference,
+                repulsion=repulsion, skip_layers=skip_layer_guidance,
             )
-            latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress)
+            latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         with self.parts["autoencoder"].used() as autoencoder:  # one by one: decoding takes the most memory
             return [to_picture(autoencoder.decode(x.to(self.dtype)).float()) for x in latent.split(1)]
 
@@ -154,11 +158,6 @@ class Pipeline:
             return sigmas(steps, shift=self.shift, spacing="sd3")
         tokens = (height // self.multiple) * (width // self.multiple)
         return sigmas(steps, image_tokens=tokens) if self.shift is None else sigmas(steps, shift=self.shift)
-
-    def _encode_picture(self, pixels: Tensor) -> Tensor:
-        """Kontext's reference (1, 3, H, W) in [-1, 1] as a latent: (1, c, H / 8, W / 8)."""
-        with self.parts["autoencoder"].used() as autoencoder:
-            return autoencoder.encode(pixels.to(self.device, self.dtype))
 
     def _noise(self, images: int, *, seed: int, height: int, width: int, noise: Tensor | None) -> Tensor:
         """The caller's noise or the seed's, on the transformer's device, float32."""
@@ -180,18 +179,18 @@ class Pipeline:
         return height, width
 
     def _check(self, prompt, images, image, skip) -> None:
-        config = self.config
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("the prompt is empty: say what the pictures should show")
         if images < 1:
             raise ValueError(f"images must be at least 1, got {images}")
         if image is not None and not isinstance(image, Image.Image):
             raise ValueError(f"image must be a PIL image, got a {type(image).__name__}: open the file with PIL")
-        if image is not None and config.position != "rope":
+        if image is not None and self.config.position != "rope":
             raise ValueError("image: a reference picture needs rotary positions, which FLUX.1-Kontext has and this "
                              "checkpoint has not: leave it out, or load a Kontext checkpoint")
-        if skip is not None:
-            skip.check_layers(config.num_dual_blocks)
+        if skip is not None and max(skip.layers) >= self.config.num_dual_blocks:
+            raise ValueError(f"skip-layer guidance skips layer {max(skip.layers)}, but this model's dual-stream blocks "
+                             f"end at {self.config.num_dual_blocks - 1}")
 
     def _classifier_free(self, guidance, true_guidance, negative_prompt, skip) -> float | None:
         """The weight of classifier-free guidance, or None for a call without it."""
@@ -202,20 +201,19 @@ class Pipeline:
         if distilled and guidance is None:
             raise ValueError("this checkpoint was distilled with guidance: pass a guidance scale, such as 3.5")
         if flux and not distilled and guidance is not None and guidance > 1:
-            raise ValueError(f"guidance {guidance} means nothing to a FLUX.1 without guidance embedding: leave it "
+            raise ValueError(f"guidance {guidance} has no meaning for a FLUX.1 without guidance embedding: leave it "
                              "out, or pass true_guidance and a negative_prompt")
         if true_guidance is not None and not flux:
             raise ValueError("true_guidance is for FLUX.1: this checkpoint's guidance is classifier-free, pass that")
         weight = true_guidance if flux else guidance
-        if weight is not None and weight > 1:
-            if flux and negative_prompt is None:
-                raise ValueError('true_guidance needs a negative_prompt to lead away from: pass one, or "" for nothing')
-            return weight
+        guided = weight is not None and weight > 1
+        if guided and flux and negative_prompt is None:
+            raise ValueError('true_guidance needs a negative_prompt to lead away from: pass one, or "" for nothing')
         for name, value in (("negative_prompt", negative_prompt), ("skip_layer_guidance", skip)):
-            if value is not None:
+            if value is not None and not guided:
                 raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with FLUX.1 a "
                                  "true_guidance above 1")
-        return None
+        return weight if guided else None
 
 
 def usable_device(name: str | torch.device) -> torch.device:

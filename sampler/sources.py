@@ -67,10 +67,10 @@ def find_sources(path: PathLike | None = None, transformer: PathLike | None = No
     if missing:
         raise FileNotFoundError(f"{path or main.path} is no whole pipeline, it lacks {', '.join(missing)}: put them "
                                 f"beside it, or give autoencoder, text_encoders or tokenizers")
-    scheduler = home / "scheduler" / "scheduler_config.json"
-    required = (home / "model_index.json").is_file()  # of a hub folder: without it, it is incomplete
-    return Sources(place or main.path, family, main, weights.open_autoencoder(vae, family=family), encoders, spell,
-                   scheduler if required or scheduler.is_file() else None)
+    scheduler = home / "scheduler" / "scheduler_config.json"  # a hub folder without it is incomplete
+    return Sources(path=place or main.path, family=family, transformer=main, text_encoders=encoders, tokenizers=spell,
+                   autoencoder=weights.open_autoencoder(vae, family=family),
+                   scheduler=scheduler if scheduler.is_file() or (home / "model_index.json").is_file() else None)
 
 
 def _first(files: Iterable[Path], role: str) -> Path | None:
@@ -87,10 +87,8 @@ def _first(files: Iterable[Path], role: str) -> Path | None:
 
 def _given_encoders(paths: Sequence[PathLike], family: str) -> dict[str, Stored]:
     """Text encoders in files or folders of their own, or several in a merged file, by their roles."""
-    if isinstance(paths, str | Path):
-        paths = [paths]
     found: dict[str, Stored] = {}
-    for path in paths:
+    for path in [paths] if isinstance(paths, str | Path) else paths:
         for role in weights.roles(path):
             if role in ("transformer", "autoencoder"):
                 continue
@@ -105,6 +103,8 @@ def _given_encoders(paths: Sequence[PathLike], family: str) -> dict[str, Stored]
 
 def _tokenizers(given: PathLike | Sequence[PathLike] | None, home: Path, family: str,
                 encoders: dict[str, Stored]) -> dict[str, Path]:
+    if isinstance(given, list) and len(given) == 1 < len(encoders):  # the folder that holds all
+        (given,) = given
     if given is not None and not isinstance(given, str | Path):
         if len(given) != len(encoders):
             raise ValueError(f"tokenizers: {len(given)} for {len(encoders)} text encoders ({', '.join(encoders)}): "

@@ -10,6 +10,7 @@ Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, at
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -238,3 +239,13 @@ def check_complete(scene: Scene, index: int) -> None:
     for name, value, values in wanted:
         if value not in values:
             raise ValueError(f"scene {index}: {name} is {value!r}; to render it, choose one of {', '.join(values)}")
+
+
+def count_attributes(scenes: Sequence[Scene]) -> dict[str, dict[str, int]]:
+    """How often each value of each attribute occurs in the scenes, the most frequent first."""
+    found = {name: Counter() for name in ("shape", "color", "size", "arrangement", "ground", "texture")}
+    for scene in scenes:
+        for name, counter in found.items():
+            values = [getattr(part, name) for part in (scene, *scene.things) if hasattr(part, name)]
+            counter.update(value for value in values if value is not None)
+    return {name: dict(counter.most_common()) for name, counter in found.items() if counter}

@@ -38,9 +38,8 @@ from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
                           pooled_dim=32, position="table", position_table_size=16)
-SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"diversity": 0.95, "iterations": 2, "steps": 4, "blocks": "first", "site": "block",
-                          "branches": "conditional"}}
+SAMPLING = {"steps": 20, "guidance": 3.0, "height": 64, "width": 64, "world": "tiny",
+            "repulsion": {"strength": 4.0, "steps": 4, "blocks": "first", "branches": "conditional"}}
 
 
 def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, T5Tokenizer]:

@@ -30,7 +30,7 @@ FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 4.5
 CHUNK = 64  # trajectories sampled at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
-            "repulsion": {"diversity": 0.95, "iterations": 1, "steps": 1, "blocks": "middle", "site": "block"}}
+            "repulsion": {"strength": 2.0, "steps": 1}}
 
 
 def noise_levels(steps: int) -> Tensor:
