@@ -29,7 +29,7 @@ TRANSFORMERS = {
 
 def inputs_for(config):
     inputs = {
-        "latent": draw(2, config.latent_channels, 6, 8), "timestep": torch.tensor([0.3, 0.9]),
+        "latent": draw(2, config.latent_channels, 6, 8), "sigma": torch.tensor([0.3, 0.9]),
         "context": draw(2, 5, config.context_dim, seed=2), "pooled": draw(2, config.pooled_dim, seed=3),
     }
     return inputs | ({"guidance": torch.tensor([3.5, 1.0])} if config.guidance_embedding else {})
@@ -53,15 +53,15 @@ def diffusers_transformer(config):
     )
 
 
-def diffusers_velocity(model, latent, timestep, context, pooled, guidance=None):
+def diffusers_velocity(model, latent, sigma, context, pooled, guidance=None):
     if isinstance(model, diffusers.SD3Transformer2DModel):
-        return model(latent, context, pooled, 1000 * timestep, return_dict=False)[0]
+        return model(latent, context, pooled, 1000 * sigma, return_dict=False)[0]
     rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] += torch.arange(rows)[:, None]
     ids[..., 2] += torch.arange(columns)
     packed = rearrange(latent, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2)
-    out = model(packed, context, pooled, timestep, ids.reshape(-1, 3), torch.zeros(context.shape[1], 3), guidance,
+    out = model(packed, context, pooled, sigma, ids.reshape(-1, 3), torch.zeros(context.shape[1], 3), guidance,
                 return_dict=False)[0]
     return rearrange(out, "b (y x) (c p q) -> b c (y p) (x q)", y=rows, p=2, q=2)
 

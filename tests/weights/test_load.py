@@ -44,6 +44,7 @@ GOLDEN = [("sd3-sai-rms", None), ("sd3-sai-dual", None), ("flux-bfl-guidance", F
 def test_original_files_give_the_official_velocity(name, config):
     inputs = load_file(DATA / f"{name}.io.safetensors")
     velocity = inputs.pop("velocity")
+    inputs["sigma"] = inputs.pop("timestep")  # as the official programs call it
     model = load_transformer(DATA / f"{name}.safetensors", config)
     with torch.no_grad():
         assert difference(model(**inputs), velocity) < TOLERANCE

@@ -74,7 +74,7 @@ def cases(tmp_path_factory):
     ae = weights_of(Autoencoder(VAE), kinds.AUTOENCODER.original, dtypes=(torch.float8_e5m2, torch.bfloat16))
     t5 = weights_of(T5Encoder(T5), kinds.T5_TEXT.original, dtypes=(torch.float16, *f8))
     t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
-    sd3_inputs = {"latent": torch.ones(1, 2, 2, 4), "timestep": torch.ones(1), "context": torch.ones(1, 2, 3),
+    sd3_inputs = {"latent": torch.ones(1, 2, 2, 4), "sigma": torch.ones(1), "context": torch.ones(1, 2, 3),
                   "pooled": torch.ones(1, 3)}
     return {
         "flux": Case({"flux.safetensors": save(flux)}, kinds.FLUX.original, load_transformer, FLUX),
