@@ -44,7 +44,7 @@ class MMDiT(nn.Module):
         are no multiples of the patch, groups of unequal size, and blocks that the model does not have.
         """
         check_call(self.config, latent, guidance, reference, repulsion, groups, skip_layers)
-        p, n, num_blocks = self.config.patch_size, context.shape[1], self.config.num_blocks
+        p, n, num_blocks = self.config.patch_size, context.shape[-2], self.config.num_blocks
         rows, columns = latent.shape[2] // p, latent.shape[3] // p
         dtype = self.image_in.weight.dtype
 

@@ -17,10 +17,11 @@ from .pipeline import Pipeline
 
 def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline of --model and what is given beside it."""
+    tokenizers = args.tokenizers and (args.tokenizers if len(args.tokenizers) > 1 else args.tokenizers[0])
     return Pipeline.load(
         args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, offload=args.offload,
         keep_float8=args.keep_float8, transformer=args.transformer, autoencoder=args.autoencoder,
-        text_encoders=args.text_encoders, tokenizers=args.tokenizers,
+        text_encoders=args.text_encoders, tokenizers=tokenizers,
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from einops import repeat
 from torch import Tensor
 
-from mmdit import MMDiT
 from repulsion import Repulsion
+
+from .parts import Part
 
 Condition = Callable[[int, float, int], tuple[Tensor, Tensor]]  # (samples, σ, step) → context and pooled vector
 
@@ -56,7 +57,7 @@ class GuidedVelocity:
     reference: (1, c, H', W'), Kontext's picture
     """
 
-    transformer: MMDiT
+    transformer: Part
     condition: Condition
     steps: int
     weight: float | None = None
@@ -80,12 +81,13 @@ class GuidedVelocity:
                   "reference": None if self.reference is None else self.reference.expand(n, -1, -1, -1)}
         repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
 
-        v = self.transformer(**inputs, repulsion=repulsion, groups=groups).float()
+        transformer = self.transformer.module
+        v = transformer(**inputs, repulsion=repulsion, groups=groups).float()
         conditional = v[-b:]
         if groups == 2:
             v = v[:b] + self.weight * (conditional - v[:b])
         if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
             last = {name: None if tensor is None else tensor[-b:] for name, tensor in inputs.items()}
-            skipped = self.transformer(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
+            skipped = transformer(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
             v = v + self.skip_layers.scale * (conditional - skipped)
         return v

@@ -14,17 +14,14 @@ from .methods import METHODS, Method
 
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
-How it works: in every joint attention of the model the text tokens of each sample attend to that sample's image. In the
-first --repel-steps denoising steps and in --blocks, the text tokens that the attention returns are pushed apart, along
-the gradient of the batch's entropy, --strength times as far as they are long. The prompt embedding is not changed.
+In every joint attention of the model the text tokens of a sample attend to its image. In the first --repel-steps steps
+and in --blocks, the text tokens that the attention returns are pushed apart, along the gradient of the batch's entropy.
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --strength 2
-  python -m sampler "a small green ring on the left" --blocks middle --repel-steps 8
+  python -m sampler "a star and a square" --images 4 --seed 7 --strength 2 --blocks middle
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
-  python -m sampler "make it winter" --model path/to/FLUX.1-Kontext-dev --image garden.jpg --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
 Too alike? Raise --strength or --repel-steps. No longer what the prompt says? Lower them, or repel in fewer blocks."""

@@ -142,15 +142,15 @@ class Pipeline:
         def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
             return tuple(repeat(text, "g ... -> (g b) ...", b=samples) for text in texts)
 
-        with self.parts["transformer"].used() as transformer:
+        with self.parts["transformer"].used():
             velocity = GuidedVelocity(
-                transformer=transformer, condition=method.condition(condition, seed), steps=steps, weight=weight,
-                distilled=guidance if self.config.guidance_embedding else None, reference=reference,
+                transformer=self.parts["transformer"], condition=method.condition(condition, seed), steps=steps,
+                weight=weight, distilled=guidance if self.config.guidance_embedding else None, reference=reference,
                 repulsion=repulsion, skip_layers=skip_layer_guidance,
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         with self.parts["autoencoder"].used() as autoencoder:  # one by one: decoding takes the most memory
-            return [to_picture(autoencoder.decode(x.to(self.dtype)).float()) for x in latent.split(1)]
+            return [to_picture(autoencoder.decode(x[None].to(self.dtype))[0].float()) for x in latent]
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
@@ -225,6 +225,6 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """(1, 3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
-    pixels = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte()
+    """(3, H, W) in [-1, 1], clipped → an RGB picture of 8 bits."""
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.movedim(0, -1).numpy(force=True))

@@ -103,8 +103,6 @@ def _given_encoders(paths: Sequence[PathLike], family: str) -> dict[str, Stored]
 
 def _tokenizers(given: PathLike | Sequence[PathLike] | None, home: Path, family: str,
                 encoders: dict[str, Stored]) -> dict[str, Path]:
-    if isinstance(given, list) and len(given) == 1 < len(encoders):  # the folder that holds all
-        (given,) = given
     if given is not None and not isinstance(given, str | Path):
         if len(given) != len(encoders):
             raise ValueError(f"tokenizers: {len(given)} for {len(encoders)} text encoders ({', '.join(encoders)}): "

@@ -10,6 +10,7 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from small_pipelines import flux, saved
 
+from repulsion import Repulsion
 from sampler import __main__ as cli
 from sampler import output
 from weights import BUNDLED
@@ -42,7 +43,7 @@ def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["prompt"] == "a circle" and summary["seed"] == 7 and summary["steps"] == 3
-    assert summary["guidance"] == 4.5 and summary["repulsion"]["scale"] == 1e5
+    assert summary["guidance"] == 3.0 and summary["repulsion"]["scale"] == 1e5
     for batch in summary["batches"].values():
         assert 1 <= batch["vendi"] <= 2 and 0 <= batch["adherence"] <= 1 and batch["seconds"] > 0
         assert all(sum(counts.values()) <= 6 for counts in batch["attributes"].values())
@@ -121,11 +122,21 @@ def test_ctrl_c_leaves_nothing_half_written(call, tmp_path, monkeypatch, capsys)
 
 
 def test_every_option_reaches_the_settings():
-    arguments = cli.parser().parse_args(["p", "--scale", "3", "--iterations", "4", "--repel-steps", "5", "--blocks",
-                                         "0-2,7", "--site", "block", "--tokens", "image"])
-    found = cli.settings(arguments, None)
-    assert (found.scale, found.iterations, found.steps, found.blocks, found.site, found.tokens) == (
-        3, 4, 5, (0, 1, 2, 7), "block", "image")
+    arguments = ["p", "--iterations", "4", "--repel-steps", "5", "--blocks", "0-2,7", "--branches", "conditional"]
+    for name, other in (("strength", "scale"), ("scale", "strength")):
+        asked = cli.parser().parse_args([*arguments, f"--{name}", "3"])
+        for default in (None, Repulsion(**{other: 7.0})):  # one takes the place of the other
+            found = cli.settings(asked, default)
+            assert (getattr(found, name), getattr(found, other)) == (3, None)
+            assert (found.iterations, found.steps, found.blocks, found.branches) == (4, 5, (0, 1, 2, 7), "conditional")
+
+
+def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_explained():
+    parse = cli.parser().parse_args
+    with pytest.raises(ValueError, match="no default repulsion: say --strength, for example 1"):
+        cli.settings(parse(["p"]), None)
+    with pytest.raises(ValueError, match="--diversity no longer exists, --strength took its place"):
+        cli.settings(parse(["p", "--diversity", "0.3"]), Repulsion(1.0))
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -141,7 +152,7 @@ def test_every_option_reaches_the_settings():
     (["a circle", "--negative", "x", "--guidance", "1"], "negative_prompt needs"),
     (["a circle", "--blocks", "5-8"], "repulsion in block 8, but this model's blocks end at 7"),
     (["a circle", "--model", str(BUNDLED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
-    (["a circle", "--image", "photo.png"], "--image photo.png: there is no such file"),
+    (["a circle", "--image", "photo.png"], "--image photo.png is no picture that can be read ([Errno 2] No such file"),
     (["a circle", "--image", __file__], "test_cli.py is no picture that can be read"),
     (["a circle", "--image", str(PICTURE)], "a reference picture needs rotary positions, which FLUX.1-Kontext has"),
     (["a circle", "--true-guidance", "3"], "true_guidance is for FLUX.1"),
@@ -155,7 +166,7 @@ def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, a
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--site", "mlp"],
+@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--branches", "both"],
                                        ["a circle", "--skip-layers", "middle"], []])
 def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:

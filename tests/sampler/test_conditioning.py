@@ -13,6 +13,7 @@ import weights
 from mmdit import ClipTokenizer, T5Tokenizer
 from mmdit.clip import ClipOutput
 from sampler.conditioning import TextEncoders
+from sampler.parts import Part
 
 PROMPTS = ["a small green star left of a red ring", "", "a red circle! " * 25]  # the last one too long for CLIP alone
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,13 +51,14 @@ def t5_model(folder):
     return transformers.T5EncoderModel(config).eval()
 
 
-class Wrapped:
-    """An encoder of transformers with the face of ours."""
+class Wrapped(torch.nn.Module):
+    """An encoder of transformers with the interface of ours."""
 
     def __init__(self, model):
-        self.model, self.parameters = model, model.parameters
+        super().__init__()
+        self.model = model
 
-    def __call__(self, ids):
+    def forward(self, ids):
         out = self.model(ids, output_hidden_states=True)
         if isinstance(self.model, transformers.T5EncoderModel):
             return out.last_hidden_state
@@ -82,6 +84,11 @@ def same(text, prompt, context, pooled):
     return torch.equal(found[0], context) and torch.equal(found[1], pooled) and found[0].dtype == context.dtype
 
 
+def held(network):
+    """A part of a pipeline that is in memory already."""
+    return Part(lambda: network)
+
+
 @DTYPES
 @pytest.mark.parametrize("with_t5", [True, False], ids=["T5", "no T5"])
 @torch.no_grad()
@@ -95,8 +102,8 @@ def test_sd3(folders, models, with_t5, dtype):
         transformer, None, None, clips[0], tokenizers[0], clips[1], tokenizers[1], t5,
         transformers.T5Tokenizer.from_pretrained(folders[2]),
     )  # fmt: skip
-    text = TextEncoders("sd3", 4096, [(ClipTokenizer(folders[i]), Wrapped(clips[i])) for i in (0, 1)],
-                        (T5Tokenizer(folders[2]), Wrapped(t5)) if with_t5 else None)
+    text = TextEncoders("sd3", 4096, [(ClipTokenizer(folders[i]), held(Wrapped(clips[i]))) for i in (0, 1)],
+                        (T5Tokenizer(folders[2]), held(Wrapped(t5))) if with_t5 else None)
     for prompt in PROMPTS if with_t5 else PROMPTS[:2]:
         context, negative, pooled, negative_pooled = oracle.encode_prompt(prompt, None, None, negative_prompt="a star")
         assert context.shape == (1, 77 + 256, 4096) and context.dtype == dtype
@@ -111,8 +118,8 @@ def test_flux(folders, models, limit, dtype):
     clip, t5 = models["flux l"].to(dtype), models["t5"].to(dtype)
     oracle = FluxPipeline(None, None, clip, transformers.CLIPTokenizer.from_pretrained(folders[0]), t5,
                           transformers.T5Tokenizer.from_pretrained(folders[2]), None)
-    text = TextEncoders("flux", 4096, [(ClipTokenizer(folders[0]), Wrapped(clip))],
-                        (T5Tokenizer(folders[2]), Wrapped(t5)), t5_limit=limit)
+    text = TextEncoders("flux", 4096, [(ClipTokenizer(folders[0]), held(Wrapped(clip)))],
+                        (T5Tokenizer(folders[2]), held(Wrapped(t5))), t5_limit=limit)
     for prompt in PROMPTS:
         context, pooled, _ = oracle.encode_prompt(prompt, max_sequence_length=limit or 512)
         assert context.shape == (1, limit or 512, 4096) and context.dtype == dtype
@@ -129,15 +136,16 @@ def test_a_clip_with_projection_gives_flux_what_clip_without_does(folders, tmp_p
     t5 = t5_model(folders[2])
     ids = tokenizer(PROMPTS[:1])
     for family, expected in (("flux", bare(ids).pooler_output), ("sd3", projected(ids).text_embeds)):
-        _, pooled = TextEncoders(family, 4096, [(tokenizer, ours)], (T5Tokenizer(folders[2]), Wrapped(t5)))(PROMPTS[0])
+        text = TextEncoders(family, 4096, [(tokenizer, held(ours))], (T5Tokenizer(folders[2]), held(Wrapped(t5))))
+        _, pooled = text(PROMPTS[0])
         # float32 through two layers, other order of sums
         assert ((pooled - expected).norm() / expected.norm()).item() < 1e-5, family
 
 
 def test_the_warning_names_who_does_not_read_the_whole_prompt(folders, models):
     tokenizers = [ClipTokenizer(folder) for folder in folders[:2]]
-    clips = [(tokenizer, Wrapped(models[name])) for tokenizer, name in zip(tokenizers, "lg", strict=True)]
-    text = TextEncoders("sd3", 4096, clips, (T5Tokenizer(folders[2]), Wrapped(models["t5"])))
+    clips = [(tokenizer, held(Wrapped(models[name]))) for tokenizer, name in zip(tokenizers, "lg", strict=True)]
+    text = TextEncoders("sd3", 4096, clips, (T5Tokenizer(folders[2]), held(Wrapped(models["t5"]))))
     counts = [tokenizer.count(PROMPTS[2]) for tokenizer in tokenizers]
     with pytest.warns(UserWarning, match=f"CLIP-L reads only 77 of the prompt's {counts[0]} tokens; T5 reads them all"):
         text.check_length(PROMPTS[2])

@@ -56,12 +56,14 @@ def test_both_branches_are_one_batch_and_repel_in_their_own_group(both, monkeypa
     _, ours, dev = both
     calls, forward = [], MMDiT.forward
 
-    def spy(self, *args):
-        calls.append((args[0].shape[0], None if args[4] is None else args[4].tolist(), args[6], args[7]))
-        return forward(self, *args)
+    def spy(self, **inputs):
+        told = inputs["guidance"]
+        calls.append((len(inputs["latent"]), None if told is None else told.tolist(), inputs["repulsion"],
+                      inputs["groups"]))
+        return forward(self, **inputs)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    push = Repulsion(1e3, iterations=2)
+    push = Repulsion(scale=1e3, iterations=2)
     ours(PROMPT, 2, steps=2, **SIZE, negative_prompt="a star", true_guidance=2.0, repulsion=push)
     distilled = [3.5] * 4 if dev else None
     assert calls == [(4, distilled, push, 2), (4, distilled, None, 2)]
@@ -70,7 +72,7 @@ def test_both_branches_are_one_batch_and_repel_in_their_own_group(both, monkeypa
 def test_repulsion_moves_the_pictures(both):
     _, ours, _ = both
     calm, moved = (ours("a star", 2, steps=2, height=32, width=32, repulsion=push)
-                   for push in (None, Repulsion(1e3, iterations=3)))
+                   for push in (None, Repulsion(scale=1e3, iterations=3)))
     assert any(a.tobytes() != b.tobytes() for a, b in zip(calm, moved, strict=True))
 
 
@@ -89,5 +91,5 @@ def test_guidance_that_cannot_be_right_is_named(both, call, message):
 def test_a_guidance_that_the_model_cannot_hear_is_refused(both):
     _, ours, dev = both
     if not dev:
-        with pytest.raises(ValueError, match="guidance 3.5 means nothing to a FLUX.1 without guidance embedding"):
+        with pytest.raises(ValueError, match="guidance 3.5 has no meaning for a FLUX.1 without guidance embedding"):
             ours("a star", 1, steps=1, height=32, width=32, guidance=3.5)

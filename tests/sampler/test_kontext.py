@@ -131,7 +131,7 @@ def test_the_reference_is_read_and_repulsion_works_beside_it(small):
     call = {"height": 64, "width": 64, "image": photo(64, 64)}
     base = small("a star", 2, **call)
     assert_other_pictures(small("a star", 2, **call | {"image": photo(64, 64).rotate(180)}), base)
-    repelled = small("a star", 2, **call, repulsion=Repulsion(1e3, iterations=3))
+    repelled = small("a star", 2, **call, repulsion=Repulsion(scale=1e3, iterations=3))
     assert any(a.tobytes() != b.tobytes() for a, b in zip(base, repelled, strict=True))
 
 

@@ -160,8 +160,8 @@ def prompt_of(samples, branches=2):
 @pytest.mark.parametrize("sigma,gamma", [(1.0, 0.0), (0.9, 0.0), (0.55, 0.5), (0.3, 1.0), (0.1, 1.0)])
 def test_cads_follows_its_schedule_and_keeps_mean_and_deviation(sigma, gamma):
     context, pooled = prompt_of(500)
-    found = CADS(0.4).condition(context, pooled, 500, sigma, 3, seed=1)
-    bare = CADS(0.4, mix=0.0).condition(context, pooled, 500, sigma, 3, seed=1)
+    found, bare = (cads.condition(lambda *_: (context, pooled), seed=1)(500, sigma, 3)
+                   for cads in (CADS(0.4), CADS(0.4, mix=0.0)))
     for y, rescaled, noised in zip((context, pooled), found, bare, strict=True):
         assert torch.equal(rescaled[:500], y[:500])  # the unconditional branch
         if gamma == 1:
@@ -176,10 +176,12 @@ def test_cads_follows_its_schedule_and_keeps_mean_and_deviation(sigma, gamma):
 
 
 def test_cads_noise_depends_on_seed_step_and_index_alone():
-    eight, three = (CADS().condition(*prompt_of(n, 1), n, 0.6, 2, seed=4)[0] for n in (8, 3))
+    def context_of(samples, step=2, seed=4):
+        return CADS().condition(lambda n, *_: prompt_of(n, 1), seed)(samples, 0.6, step)[0]
+
+    eight, three = context_of(8), context_of(3)
     assert torch.equal(eight[:3], three)
-    other_step = CADS().condition(*prompt_of(3, 1), 3, 0.6, 3, seed=4)[0]
-    other_seed = CADS().condition(*prompt_of(3, 1), 3, 0.6, 2, seed=5)[0]
+    other_step, other_seed = context_of(3, step=3), context_of(3, seed=5)
     vectors = torch.cat([eight, other_step, other_seed]).flatten(1) - prompt_of(14, 1)[0].flatten(1)
     assert torch.pdist(vectors).min() > 0.1
 
@@ -188,9 +190,13 @@ def test_cads_noise_depends_on_seed_step_and_index_alone():
 
 
 def test_interval_guidance_is_the_weight_inside_and_one_outside():
-    method = IntervalGuidance(0.2, low=0.3)
-    assert [method.weight(4.5, sigma) for sigma in (1.0, 0.81, 0.8, 0.5, 0.31, 0.3, 0.1)] == [1, 1, 4.5, 4.5, 4.5, 1, 1]
-    assert IntervalGuidance(0.0).weight(4.5, 1.0) == 4.5
+    def guided_at(method, *levels):
+        velocity = method.velocity(lambda x, sigma, step, guided=True: guided, torch.tensor([]))
+        return [velocity(None, sigma, 0) for sigma in levels]
+
+    inside = guided_at(IntervalGuidance(0.2, low=0.3), 1.0, 0.81, 0.8, 0.5, 0.31, 0.3, 0.1)
+    assert inside == [False, False, True, True, True, False, False]
+    assert guided_at(IntervalGuidance(0.0), 1.0) == [True]
 
 
 def test_outside_the_interval_the_prompt_alone_is_read(pipeline):
@@ -215,7 +221,7 @@ def test_strength_0_is_plain_sampling_and_more_is_not(pipeline, name, guidance):
 
 
 def test_a_method_acts_beside_repulsion(pipeline):
-    call, push = {"prompt": "a ring", "images": 3, "steps": 4}, Repulsion(diversity=0.3, steps=2)
+    call, push = {"prompt": "a ring", "images": 3, "steps": 4}, Repulsion(strength=1.0, steps=2)
     repelled, both = (pipeline(**call, repulsion=push, method=method) for method in (None, SPARKE()))
     assert not same(both, repelled) and not same(both, pipeline(**call, method=SPARKE()))
 
@@ -255,8 +261,8 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys):
         parsed("--method", "cad")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and all(name in error for name in METHODS)
-    with pytest.raises(ValueError, match="--strength needs a --method: cads, "):
-        options.method(parsed("--strength", "1"))
+    assert options.method(parsed("--strength", "1")) is None  # of repulsion, the default
+    assert options.settings(parsed("--strength", "1"), Repulsion(2.0)) == Repulsion(1.0)
     with pytest.raises(ValueError, match="CADS's strength"):
         options.method(parsed("--method", "cads", "--strength", "nan"))
 
@@ -264,13 +270,13 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys):
 def test_a_method_takes_the_place_of_repulsion_unless_that_is_asked_for():
     assert options.method(parsed("--method", "sparke", "--strength", "0.4")) == SPARKE(0.4)
     assert options.method(parsed("--method", "sgi")) == GroupSelection() and options.method(parsed()) is None
-    default = Repulsion(diversity=0.1)
+    default = Repulsion(strength=0.1)
     assert options.settings(parsed("--method", "cads"), default) is None
     assert options.settings(parsed("--method", "cads", "--repel-steps", "3"), default) == replace(default, steps=3)
     assert options.settings(parsed(), default) == default
 
 
-@pytest.mark.parametrize("also", [(), ("--diversity", "0.2")])
+@pytest.mark.parametrize("also", [(), ("--iterations", "2")])
 def test_the_program_writes_the_methods_batch_beside_the_typical_one(pipeline, monkeypatch, tmp_path, capsys, also):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.Pipeline, "load", classmethod(lambda cls, *where, **options: pipeline))

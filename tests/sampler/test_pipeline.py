@@ -68,7 +68,7 @@ def test_noise_replaces_the_seed(pipeline):
 
 def test_no_repulsion_a_scale_of_zero_and_no_steps_of_it_are_the_same(pipeline):
     base = pixels(pipeline("a ring", 3, steps=4))
-    for nothing in (Repulsion(0.0, steps=4), Repulsion(1e9, steps=0)):
+    for nothing in (Repulsion(0.0, steps=4), Repulsion(scale=1e9, steps=0)):
         assert (pixels(pipeline("a ring", 3, steps=4, repulsion=nothing)) == base).all()
 
 
@@ -76,12 +76,12 @@ def test_repulsion_acts_in_its_steps_on_both_branches_as_groups(pipeline, monkey
     calls = []
     forward = MMDiT.forward
 
-    def spy(self, *args):
-        calls.append((args[0].shape[0], args[6], args[7]))
-        return forward(self, *args)
+    def spy(self, **inputs):
+        calls.append((len(inputs["latent"]), inputs["repulsion"], inputs["groups"]))
+        return forward(self, **inputs)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    push = Repulsion(1e3, iterations=2, steps=2)
+    push = Repulsion(scale=1e3, iterations=2, steps=2)
     pipeline("a ring", 3, steps=5, repulsion=push)
     assert calls == [(6, push, 2)] * 2 + [(6, None, 2)] * 3
     calls.clear()

@@ -5,8 +5,8 @@ import torch
 
 from sampler.output import fit, free_folder, grid
 from sampler.pipeline import to_picture
-from sampler.report import count_attributes, describe_batch, scene_adherence, table, to_pixels
-from tiny.world import Scene, Thing, render
+from sampler.report import describe_batch, table, to_pixels
+from tiny.world import Scene, Thing, count_attributes, render
 
 RED = Scene((Thing("circle", "red", "medium"),), "center", "navy", "plain")
 BLUE = Scene((Thing("square", "blue", "large"),), "left", "pink", "striped")
@@ -33,7 +33,7 @@ def test_one_picture_four_times_scores_one_and_two_kinds_nearly_two():
 
 
 def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attributes():
-    assert scene_adherence("a cat", [RED]) is None
+    assert describe_batch(pictures(RED, RED), "a cat", "tiny")["adherence"] is None
     other = describe_batch(pictures(RED, RED), "a cat", None)
     assert other["vendi_of"] == "pixels" and "adherence" not in other and 1 <= other["vendi"] < 1.2
 

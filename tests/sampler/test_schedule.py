@@ -1,4 +1,4 @@
-"""Schedules against the original formulas and diffusers' scheduler; the Euler loop against closed forms."""
+"""Schedules against the original formulas and diffusers' scheduler; the sampling loop against closed forms."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from sampler import euler, sigmas, starting_noise
+from sampler import denoise, sigmas, starting_noise
 
 RELATIVE = 1e-6  # the issue's bound; float32 holds 6e-8
 
@@ -58,15 +58,15 @@ def test_bad_schedules_are_refused(call, message):
         sigmas(**call)
 
 
-def test_euler_along_a_straight_path_is_exact_in_any_number_of_steps():
+def test_denoise_along_a_straight_path_is_exact_in_any_number_of_steps():
     torch.manual_seed(0)
     noise, image = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for levels in (sigmas(1), sigmas(7), sigmas(9, shift=3.0, spacing="sd3")):
-        found = euler(lambda x, sigma, step: noise - image, noise, levels)
+        found = denoise(lambda x, sigma, step: noise - image, noise, levels)
         torch.testing.assert_close(found, image, rtol=1e-6, atol=1e-6)  # σ is float32
 
 
-def test_euler_converges_to_the_exact_flow_of_a_gaussian():
+def test_denoise_converges_to_the_exact_flow_of_a_gaussian():
     # Pictures N(0, s²), noise N(0, 1): the velocity is linear in x, and the flow multiplies x by s as σ goes 1 → 0.
     s = 0.5
 
@@ -75,15 +75,15 @@ def test_euler_converges_to_the_exact_flow_of_a_gaussian():
         return x * (sigma - (1 - sigma) * s**2) / variance
 
     noise = torch.tensor([[1.0, -2.0, 0.3]], dtype=torch.float64)
-    errors = [(euler(velocity, noise, sigmas(n)) - s * noise).norm().item() for n in (50, 100, 200)]
+    errors = [(denoise(velocity, noise, sigmas(n)) - s * noise).norm().item() for n in (50, 100, 200)]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)  # first order
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
     assert errors[2] < 0.01
 
 
-def test_euler_tells_the_velocity_where_it_is():
+def test_denoise_tells_the_velocity_where_it_is():
     seen = []
-    euler(lambda x, sigma, step: seen.append((sigma, step)) or x * 0, torch.zeros(1), torch.tensor([1.0, 0.5, 0.0]))
+    denoise(lambda x, sigma, step: seen.append((sigma, step)) or x * 0, torch.zeros(1), torch.tensor([1.0, 0.5, 0.0]))
     assert seen == [(1.0, 0), (0.5, 1)]
 
 
@@ -93,5 +93,11 @@ def test_noise_of_a_picture_depends_on_seed_and_index_alone():
     assert torch.equal(starting_noise(3, 4, (2, 4, 4)), eight[:4])
     others = torch.cat([starting_noise(seed, 8, (2, 4, 4)) for seed in range(5)]).flatten(1)
     assert torch.unique(others, dim=0).shape[0] == 40  # no picture shares its noise with another seed's
-    many = starting_noise(0, 2000, (16,))
+    beyond = [2**32, 2**32 + 3, 2**40, 2**64 + 3]  # torch's own generator reads 32 bits of a seed
+    many_seeds = torch.cat([starting_noise(seed, 3, (2, 4, 4)) for seed in (0, 3, *beyond)]).flatten(1)
+    assert torch.unique(many_seeds, dim=0).shape[0] == 18
+    assert torch.equal(starting_noise(2**32, 3, (2, 4, 4))[:1], starting_noise(2**32, 1, (2, 4, 4)))
+    with torch.device("meta"):  # the default device is not its business
+        assert torch.equal(starting_noise(3, 8, (2, 4, 4)), eight)
+    many = torch.cat([starting_noise(0, 1000, (16,)), starting_noise(2**33, 1000, (16,))])
     assert abs(many.mean().item()) < 4 / math.sqrt(32000) and abs(many.var().item() - 1) < 4 * math.sqrt(2 / 32000)

@@ -86,12 +86,13 @@ def test_a_scale_of_zero_is_no_skip_layer_guidance(medium):
 def test_the_third_branch_repels_like_the_conditional_one(medium, monkeypatch):
     calls, forward = [], MMDiT.forward
 
-    def spy(self, *args):
-        calls.append((args[0].shape[0], args[6], args[7], args[8]))
-        return forward(self, *args)
+    def spy(self, **inputs):
+        calls.append((len(inputs["latent"]), inputs["repulsion"], inputs.get("groups", 1),
+                      inputs.get("skip_layers", ())))
+        return forward(self, **inputs)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    push = Repulsion(1e3, iterations=2, steps=2)
+    push = Repulsion(scale=1e3, iterations=2, steps=2)
     our_pictures(medium, skip_layer_guidance=SKIP, repulsion=push)
     both, skipped = (4, push, 2, ()), (2, push, 1, (1, 2))
     calm, calm_skipped = (4, None, 2, ()), (2, None, 1, (1, 2))

@@ -157,7 +157,7 @@ def test_streamed_blocks_compute_the_same(originals, reference):
     generator = torch.Generator().manual_seed(0)
     shapes = {"latent": (3, 16, 8, 8), "context": (3, 5, config.context_dim), "pooled": (3, config.pooled_dim)}
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    inputs |= {"timestep": torch.full((3,), 0.5), "repulsion": Repulsion(diversity=0.1)}
+    inputs |= {"sigma": torch.full((3,), 0.5), "repulsion": Repulsion(strength=0.1)}
     if config.guidance_embedding:
         inputs["guidance"] = torch.full((3,), 3.5)
     with torch.no_grad():
