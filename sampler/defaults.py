@@ -48,7 +48,7 @@ def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
             found["repulsion"] = Repulsion(**found["repulsion"]) if found.get("repulsion") else None
             return Defaults(**found)
         except TypeError as error:
-            raise ValueError(f"{path / 'sampling.json'} has a setting that does not exist: {error}") from error
+            raise ValueError(f"{path / 'sampling.json'}: {error} (strength took the place of diversity)") from error
     return PUBLIC[public_name(path, config)]
 
 

@@ -48,6 +48,14 @@ def test_each_row_points_at_a_line_and_a_test_that_are_there(row):
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{what}: no test {test}"
 
 
+def test_the_six_calls_from_the_prompt_to_the_push_are_lines_of_their_functions():
+    section = README.split("## From the prompt to the push")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", section, flags=re.M)
+    assert len(rows) == 6  # that these functions follow each other is for tests/test_path.py to show
+    for symbol, line in rows:
+        assert line in inspect.getsource(resolve(symbol)), f"{symbol} has no line {line!r}"
+
+
 def test_the_two_commands_are_those_that_ci_runs():
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for command in ('pip install -c constraints.txt -e . && python -m sampler "a circle"',

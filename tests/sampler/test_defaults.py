@@ -48,6 +48,22 @@ def test_a_folder_that_brings_its_own_settings_has_the_last_word(tmp_path):
     (tmp_path / "sampling.json").write_text('{"steps": 3, "guidance": 2.0, "repulsion": {"scale": 7.0}}')
     found = find_defaults(tmp_path, PRESETS["sd3.5-large"])
     assert (found.steps, found.guidance, found.repulsion.scale, found.world) == (3, 2.0, 7.0, None)
+    (tmp_path / "sampling.json").write_text('{"steps": 3, "repulsion": {"diversity": 0.3}}')
+    with pytest.raises(ValueError, match="sampling.json.*'diversity'.*strength took the place of diversity"):
+        find_defaults(tmp_path, PRESETS["sd3.5-large"])
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match="sampling.json is no valid JSON"):
         find_defaults(tmp_path, PRESETS["sd3.5-large"])
+
+
+def test_repulsion_of_the_large_models_is_the_settings_table_of_the_paper():
+    table = {  # M, τ, and the range of η
+        "flux1-dev": (50, 1, 5e6, 8e9), "flux1-kontext-dev": (50, 1, 5e6, 8e9),
+        "sd3.5-large": (100, 4, 5e2, 5e6), "sd3.5-large-turbo": (100, 1, 1e5, 1e7),
+    }
+    assert {name for name, defaults in PUBLIC.items() if defaults.repulsion} == table.keys()
+    for name, (iterations, steps, low, high) in table.items():
+        found = PUBLIC[name].repulsion
+        assert (found.iterations, found.steps, found.strength) == (iterations, steps, None)
+        assert low <= found.scale <= high
+        assert (found.branches, found.single_stream_tokens, found.blocks) == ("all", "all", "all")
