@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """Everything that tells one MMDiT from another.
+    """The sizes and options of an MMDiT.
 
     `position` is the family: "rope" rotates queries and keys (FLUX.1), "table" adds a learned-size sin/cos table to
     the image tokens (Stable Diffusion 3). `rope_axes` are the head's dimensions given to (index, row, column) and sum

@@ -13,7 +13,7 @@ from .position import crop_table, grid_positions, rope_angles, sincos_table
 
 
 class MMDiT(nn.Module):
-    """The multimodal diffusion transformer of Stable Diffusion 3 and FLUX.1; `MMDiTConfig` says which."""
+    """The multimodal diffusion transformer of Stable Diffusion 3 and FLUX.1; `MMDiTConfig` selects which."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where a token is: rotary angles (FLUX.1) or a table that is added (SD3)."""
+"""The positions of tokens: rotary angles (FLUX.1) or a table that is added (SD3)."""
 
 import torch
 from einops import rearrange

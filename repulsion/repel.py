@@ -69,7 +69,7 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
         with torch.inference_mode(False), torch.enable_grad():
             pushed, norm = ascend_autograd(c.flatten(2).double().clone(), *settings), np.inf
         target.copy_(pushed.view_as(c))
-    # no number exceeds its vector's norm: the result itself need only be read where that does not settle it
+    # no number exceeds the norm of its vector: only where that norm exceeds the range is the result read
     if not norm <= torch.finfo(tokens.dtype).max and not torch.isfinite(result).all():
         raise ValueError(f"the push exceeds the range of {tokens.dtype}: lower the strength or scale, or use bfloat16")
     return result.to(device)

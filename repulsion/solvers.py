@@ -7,7 +7,7 @@ from torch import Tensor
 from .kernel import cosine_kernel
 from .objectives import OBJECTIVES, density_matrix
 
-SAME_DIRECTION = 1e-14  # samples whose cosine is this close to 1 are equal as far as float64 can tell
+PARALLEL = 1e-14  # samples whose cosine is this close to 1 are equal as far as float64 can tell
 
 
 @np.errstate(all="ignore")  # a push out of range is reported by the caller
@@ -52,8 +52,7 @@ def gradient_matrix(gram: np.ndarray, objective: str, reg: float) -> np.ndarray:
     outer = r[..., :, None] * r[..., None, :]
     kernel = gram * outer
     kernel[..., diagonal, diagonal] = 1
-    w = OBJECTIVES[objective][1](density_matrix(kernel, identity, reg)) / (b * (1 + reg))
-    w = w * (kernel < 1 - SAME_DIRECTION)
+    w = OBJECTIVES[objective][1](density_matrix(kernel, identity, reg)) * (kernel < 1 - PARALLEL) / (b * (1 + reg))
     d = 2 * outer * w
     d[..., diagonal, diagonal] = -2 * r * r * (w * kernel).sum(-1)
     return d

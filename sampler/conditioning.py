@@ -12,7 +12,7 @@ from mmdit.clip import ClipOutput
 
 from .parts import Part
 
-T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; of FLUX.1-schnell 256, which `t5_limit` says
+T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; FLUX.1-schnell's 256 is given by `t5_limit`
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TextEncoders:
     context_dim: int
     clips: list[tuple[ClipTokenizer, Part]]
     t5: tuple[T5Tokenizer, Part] | None = None
-    t5_limit: int | None = None  # how many tokens of T5 the transformer knows; None: as many as its family
+    t5_limit: int | None = None  # tokens of T5 that the transformer was trained with; None: those of its family
 
     @property
     def t5_length(self) -> int:

@@ -1,4 +1,4 @@
-"""What a checkpoint wants where the caller says nothing: steps, guidance, size, schedule, repulsion."""
+"""The defaults of a checkpoint: steps, guidance, size, schedule, repulsion."""
 
 import json
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from weights.variants import told_by_name
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a checkpoint wants where the caller says nothing. Sizes in pixels."""
+    """The settings of a checkpoint that a call does not give. Sizes in pixels."""
 
     steps: int
     guidance: float | None = None  # classifier-free (SD3) or of the guidance embedding (FLUX.1); None: neither
     height: int = 1024
     width: int = 1024
-    shift: float | None = None  # of the schedule, where no scheduler_config.json says it; None: by picture size
+    shift: float | None = None  # of the schedule, without a scheduler_config.json; None: by picture size
     prompt_tokens: int | None = None  # of T5; None: as many as the family reads
     repulsion: Repulsion | None = None
     world: str | None = None  # "tiny": pictures that `tiny.reader` can read
@@ -55,7 +55,7 @@ def find_defaults(path: Path, config: MMDiTConfig) -> Defaults:
 def public_name(path: Path, config: MMDiTConfig) -> str:
     """The public checkpoint that has this transformer, or one built like it, of whatever size.
 
-    Kontext and dev have the same tensors, so have large and turbo: these are told apart by what they are called.
+    Kontext and dev have the same tensors, so have large and turbo: these are distinguished by their names.
     """
     if config.position == "rope":
         dev = told_by_name(("flux1-dev", "flux1-kontext-dev"), path) or "flux1-dev"

@@ -16,7 +16,7 @@ Condition = Callable[[int, float, int], tuple[Tensor, Tensor]]  # (samples, σ, 
 
 @dataclass(frozen=True)
 class SkipLayerGuidance:
-    """Lead away from what the model paints when some of its blocks are skipped: v ← v + scale · (v_cond − v_skipped).
+    """Extrapolate away from the velocity of the model without some of its blocks: v ← v + scale · (v_cond − v_skipped).
 
     layers: the dual-stream blocks that are skipped
     scale: 0 or more; diffusers' default, where Stability's own program has 2.5
@@ -53,7 +53,7 @@ class GuidedVelocity:
     condition: (samples, σ, step) → context (g · samples, N, d) and pooled (g · samples, d): the samples of each prompt,
     those of the prompt to be followed last
     weight: w of classifier-free guidance, v_uncond + w (v_cond − v_uncond); None without
-    distilled: the guidance that the model is told, where it was distilled with guidance
+    distilled: the guidance that a guidance-distilled model takes as an input; None for others
     reference: (1, c, H', W'), Kontext's picture
     """
 
@@ -75,9 +75,9 @@ class GuidedVelocity:
         b, groups = len(x), 2 if guided and self.weight is not None else 1
         n = groups * b
         context, pooled = self.condition(b, sigma, step)
-        told = None if self.distilled is None else x.new_full((n,), self.distilled if guided else 1.0)
+        embedded = None if self.distilled is None else x.new_full((n,), self.distilled if guided else 1.0)
         inputs = {"latent": repeat(x, "b ... -> (g b) ...", g=groups), "sigma": x.new_full((n,), sigma),
-                  "context": context[-n:], "pooled": pooled[-n:], "guidance": told,
+                  "context": context[-n:], "pooled": pooled[-n:], "guidance": embedded,
                   "reference": None if self.reference is None else self.reference.expand(n, -1, -1, -1)}
         repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
 

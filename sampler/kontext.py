@@ -1,4 +1,4 @@
-"""FLUX.1-Kontext's reference picture: brought to a size that the model knows, then to numbers."""
+"""FLUX.1-Kontext's reference picture: resized to a size that the model was trained on, then to a tensor."""
 
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -24,7 +24,7 @@ def reference_size(width: int, height: int, area: int = TRAINED_AREA, multiple: 
 def reference_pixels(picture: Image.Image, area: int = TRAINED_AREA, multiple: int = 16) -> Tensor:
     """A picture of any mode and size → (1, 3, H, W) float32 in [-1, 1], its sides by `reference_size`.
 
-    It is turned as its EXIF entry says and resized with a Lanczos filter; what is transparent becomes white.
+    It is rotated by its EXIF entry and resized with a Lanczos filter; transparent areas become white.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8

@@ -1,4 +1,4 @@
-"""The options of `python -m sampler`, and what they ask for."""
+"""The options of `python -m sampler`, and the settings made of them."""
 
 import argparse
 import re
@@ -24,7 +24,7 @@ examples:
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
-Too alike? Raise --strength or --repel-steps. No longer what the prompt says? Lower them, or repel in fewer blocks."""
+Too alike? Raise --strength or --repel-steps. Too far from the prompt? Lower them, or repel in fewer blocks."""
 
 
 def blocks(text: str) -> str | tuple[int, ...]:
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--guidance", type=float, help="weight of the prompt (default: the checkpoint's)")
-    p.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from (default: nothing)")
+    p.add_argument("--negative", metavar="PROMPT", help="prompt of the unconditional branch (default: empty)")
     p.add_argument("--height", type=int, help="pixels (default: the checkpoint's; with --image about that picture's)")
     p.add_argument("--width", type=int, help="pixels (likewise)")
     p.add_argument("--image", type=Path, metavar="FILE", help="the picture to edit (FLUX.1-Kontext)")
@@ -82,20 +82,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
-    """The checkpoint's repulsion, with what the command line says instead; None beside a rival if it says nothing."""
+    """The checkpoint's repulsion with the options given; None beside a rival if no option of repulsion is given."""
     if args.diversity is not None:
         raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
                          "the tokens, for example --strength 1")
-    said = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
+    given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
             "branches": args.branches, "strength": args.strength if args.method == "repulsion" else None}
-    said = {name: value for name, value in said.items() if value is not None}
-    if args.method != "repulsion" and not said:
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.method != "repulsion" and not given:
         return None
-    if "strength" in said or "scale" in said:
-        return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **said})
+    if "strength" in given or "scale" in given:
+        return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
     if default is None:
         raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 1")
-    return replace(default, **said)
+    return replace(default, **given)
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -103,7 +103,7 @@ def name_of(args: argparse.Namespace) -> str:
 
 
 def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
-    """What --skip-layers and --skip-scale ask for."""
+    """Skip-layer guidance by --skip-layers and --skip-scale, or None."""
     if args.skip_layers is None:
         if args.skip_scale is not None:
             raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
@@ -112,14 +112,14 @@ def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
 
 
 def method(args: argparse.Namespace) -> Method | None:
-    """The rival that --method and --strength ask for."""
+    """The rival named by --method, with --strength; None for repulsion."""
     if args.method == "repulsion":
         return None
     return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a program: 0; 2 for a call that cannot be right, with one line that says why; 130 if interrupted."""
+    """Run a program: 0; 2 for a wrong call or file, with a message of one line; 130 if interrupted."""
     try:
         run(args)
     except (ValueError, OSError) as error:

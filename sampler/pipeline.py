@@ -44,14 +44,14 @@ class Pipeline:
         """The pipeline of a bundled checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
         files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
-        What is where is settled and checked now (`find_sources`); numbers are read when a part is first used.
+        Files are found and checked now (`find_sources`); weights are read when a part is first used.
         `dtype` is that of all networks (default: float32 on the CPU, bfloat16 on a GPU; T5 is never float16); `device`
         defaults to the GPU where there is one. `offload`: "parts", text encoders, transformer and autoencoder are in
         memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in the CPU's memory,
-        as narrow as they are stored, and visit the GPU one by one. `keep_float8`: float8 matrices stay so in memory
-        and are widened as they are used.
+        in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8 weights in float8
+        and widens them as they are used.
         Raises FileNotFoundError for a name or file that is not there, and `weights.CheckpointError` (a ValueError)
-        for one that cannot be right.
+        for a wrong or damaged one.
         """
         if offload not in (None, "parts", "blocks"):
             raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
@@ -109,15 +109,15 @@ class Pipeline:
         """A batch of pictures of one prompt, repelling each other if `repulsion` is given.
 
         steps, guidance, height and width (pixels) default to the checkpoint's. The noise of picture i depends on
-        `seed` and i alone; `noise` (images, c, height / 8, width / 8) replaces it. `negative_prompt` is what
-        classifier-free guidance leads away from (default: nothing). That guidance is `guidance` above 1 with SD3; with
+        `seed` and i alone; `noise` (images, c, height / 8, width / 8) replaces it. `negative_prompt` is
+        the prompt of the unconditional branch (default: empty). That guidance is `guidance` above 1 with SD3; with
         FLUX.1, whose own was distilled into it, `true_guidance` above 1 and a negative prompt. `image`: the picture
         that FLUX.1-Kontext edits, resized as the original does (see `reference_size`); height and width then default
         to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
         (SD3.5-medium). The samples of each branch repel each other, those of the third as well. `method` is another
         way to make them differ, see `sampler.methods`, alone or beside repulsion; one that starts with more candidates
         than pictures takes as much `noise`. `progress` names a progress bar.
-        Raises ValueError, naming the argument, for a call that cannot be right.
+        Raises ValueError naming the argument that is wrong.
         """
         method = method or Method()  # plain sampling
         steps = self.defaults.steps if steps is None else steps
@@ -208,7 +208,7 @@ class Pipeline:
         weight = true_guidance if flux else guidance
         guided = weight is not None and weight > 1
         if guided and flux and negative_prompt is None:
-            raise ValueError('true_guidance needs a negative_prompt to lead away from: pass one, or "" for nothing')
+            raise ValueError('true_guidance needs a negative_prompt: pass one, or "" for nothing')
         for name, value in (("negative_prompt", negative_prompt), ("skip_layer_guidance", skip)):
             if value is not None and not guided:
                 raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with FLUX.1 a "

@@ -24,7 +24,7 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
 
     In the tiny world the score is of the attributes that the pictures share; elsewhere of their pixels less the mean
     color, a coarse measure. `adherence`, 0 to 1, is the share of the prompted attributes that are present, or None
-    where the prompt is not of the tiny world's language.
+    for prompts outside the tiny world's grammar.
     """
     pixels = to_pixels(pictures)
     if world != "tiny":
@@ -33,7 +33,7 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
     scenes = read(pixels)
     try:
         kept = mean(adherence(parse(prompt), scene) for scene in scenes)
-    except ValueError:  # no prompt of this world
+    except ValueError:  # a prompt outside the tiny world's grammar
         kept = None
     return {"vendi": round(vendi_score(attribute_vectors(scenes)).item(), 4), "vendi_of": "attributes",
             "adherence": kept and round(kept, 4), "attributes": count_attributes(scenes)}

@@ -25,7 +25,8 @@ def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, s
     """The noise levels of a sampling run, from 1 down to 0: (steps + 1,) float32.
 
     FLUX.1-schnell: `sigmas(4)`. FLUX.1-dev: `sigmas(28, image_tokens=4096)`. SD3: `sigmas(28, shift=3.0,
-    spacing="sd3")`, whose times run from 1 to the shifted 1/1000, are shifted once more, and end in 0.
+    spacing="sd3")`, whose times are evenly spaced from 1 to the shifted 1/1000, then shifted, then 0: only the end
+    point is shifted twice.
     Raises ValueError for fewer than one step, a shift that is not positive, and an unknown spacing.
     """
     if steps < 1:

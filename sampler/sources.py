@@ -1,4 +1,4 @@
-"""Where each part of a pipeline lies: in one folder or file, beside it, or where the caller says."""
+"""The files of each part of a pipeline: in one folder or file, beside it, or given by the caller."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ class Sources:
 def find_sources(path: PathLike | None = None, transformer: PathLike | None = None,
                  autoencoder: PathLike | None = None, text_encoders: Sequence[PathLike] | None = None,
                  tokenizers: PathLike | Sequence[PathLike] | None = None) -> Sources:
-    """Every part from where the caller says, else from the folder or file `path`, else from beside it.
+    """Every part from the path given for it, else from the folder or file `path`, else from beside it.
 
     `path`: a hub folder, a folder of original files, an original or merged file, or a name (`weights.hub.resolve`).
     Beside a file are looked at: its own folder in either layout, and `text_encoders/`, `vae/` in it. `tokenizers`: the
     folder that holds `tokenizer/`, `tokenizer_2/`, …, or one path for each text encoder, in the order CLIP-L, CLIP-G,
     T5. SD3's T5 may be left out. Raises FileNotFoundError naming the parts that are missing and their public files,
-    `weights.CheckpointError` for files that cannot be right.
+    `weights.CheckpointError` for wrong or damaged files.
     """
     place = None if path is None else weights.resolve(path)
     main = weights.open_transformer(place if transformer is None else transformer)
@@ -74,7 +74,7 @@ def find_sources(path: PathLike | None = None, transformer: PathLike | None = No
 
 
 def _first(files: Iterable[Path], role: str) -> Path | None:
-    """The file that holds this part: of several the largest, whose numbers are the widest.
+    """The file that holds this part: of several the largest, which has the widest dtype.
 
     A CLIP of sizes that are neither CLIP-L's nor CLIP-G's goes by its file's name.
     """

@@ -1,4 +1,4 @@
-"""Interval guidance: none at high noise, where it decides what is in the picture.
+"""Interval guidance: no guidance at high noise, where the content of the picture is decided.
 
 Kynkäänniemi et al., "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
 Models", arXiv:2404.07724.

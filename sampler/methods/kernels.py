@@ -15,7 +15,7 @@ def squared_distances(vectors: Tensor) -> Tensor:
 
 
 def median_of_pairs(squared: Tensor) -> Tensor:
-    """The median over the pairs i < j of (b, b), b at least 2; infinite where it is 0, so that nobody then moves."""
+    """The median over the pairs i < j of (b, b), b at least 2; infinite where it is 0, so that no sample moves."""
     i, j = torch.triu_indices(len(squared), len(squared), offset=1)
     median = squared[i, j].quantile(0.5)
     return torch.where(median > 0, median, torch.inf)

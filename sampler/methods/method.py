@@ -67,6 +67,6 @@ def score_to_velocity(sigma: float) -> float:
 
     With x = (1 − σ) x₀ + σ n and v = n − x₀ the predicted noise is n̂ = x + (1 − σ) v, and the score −n̂ / σ. So a score
     larger by g means n̂ smaller by σ g, and v, at the same x, by σ g / (1 − σ). At σ = 1 x is noise alone and its
-    score says nothing of the picture: there, and near it, the factor is capped.
+    score is independent of the picture: there, and near it, the factor is capped.
     """
     return min(sigma / (1 - sigma), CAP) if sigma < 1 else CAP

@@ -26,8 +26,8 @@ class GroupSelection(Method):
 
     M, then ⌈(1 − pruning) M⌉, and so on, never fewer than the pictures asked for, and just these after the last step.
     Both measures see the pictures predicted in the step, as latents x̂₀ = x − σ v. Published are CLIP's agreement with
-    the prompt as quality and 1 − cosine of DINO features as distance. Here, where nothing is said, no candidate is
-    better than another, quality 0, and distance is 1 − cosine of the latents themselves. A picture's noise is that of
+    the prompt as quality and 1 − cosine of DINO features as distance. Here, by default, all candidates
+    have quality 0, and distance is 1 − cosine of the latents themselves. A picture's noise is that of
     its index among the candidates.
 
     strength: candidates for each picture besides the one: M = (1 + strength) · images, rounded
@@ -92,11 +92,11 @@ def best_group(quality: Tensor, distance: Tensor, size: int) -> Tensor:
 
 
 def greedy_group(quality: Tensor, distance: Tensor, size: int) -> Tensor:
-    """As `best_group`, by adding whom the group gains most from, then by swaps."""
+    """As `best_group`, by adding the candidate with the largest gain, then by swaps."""
     chosen = torch.zeros(len(quality), dtype=torch.bool)
     for _ in range(size):
         gain = quality + distance[:, chosen].sum(1)
-        gain = gain if chosen.any() else gain + distance.amax(1)  # the first: with its best partner in mind
+        gain = gain if chosen.any() else gain + distance.amax(1)  # the first: counted with its best partner
         chosen[gain.masked_fill(chosen, -torch.inf).argmax()] = True
     while True:
         gain = quality + distance[:, chosen].sum(1)  # of each, inside or outside, from the others inside

@@ -17,7 +17,7 @@ class SPARKE(Steering):
 
     Samples of one prompt have prompt similarity 1. As in the authors' program the latents are compared as unit vectors,
     one step of several is pushed, and η is what makes the push a share of the latent's length. Theirs moves one sample
-    at a time; here the group moves at once, by that share of the group's length, so that who is far from all others
+    at a time; here the group moves at once, by that share of the group's length, so that a sample far from all others
     moves less.
 
     strength: that share
