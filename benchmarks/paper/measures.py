@@ -4,6 +4,7 @@ import base64
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -105,7 +106,8 @@ def to_scene(text: str) -> Scene:
 
 def vectors_of(row: dict) -> Tensor:
     """The embedding in a row: (images, WIDTH) float64."""
-    return torch.frombuffer(bytearray(base64.b64decode(row["embedding"])), dtype=torch.float16).view(-1, WIDTH).double()
+    numbers = np.frombuffer(base64.b64decode(row["embedding"]), dtype=np.float16)
+    return torch.from_numpy(numbers.reshape(-1, WIDTH).astype(np.float64))
 
 
 def vendi_of_pairs(scenes: Sequence[Scene]) -> float:
