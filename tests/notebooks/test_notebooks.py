@@ -31,7 +31,7 @@ def test_there_are_notebooks():
 def test_it_runs_top_to_bottom(file, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # also where the packages are not installed
     notebook = nbformat.read(file, as_version=4)
-    client = NotebookClient(notebook, timeout=180, kernel_name="python3", record_timing=False,
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(file.parent)}})
     client.execute()  # an error in a cell is raised here
     if os.environ.get("SAVE_NOTEBOOKS"):
