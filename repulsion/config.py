@@ -17,7 +17,8 @@ THIRDS = ("first", "middle", "last")
 class Repulsion:
     """The settings of contextual repulsion. `bind` makes of them the push of one block.
 
-    strength: s, 0 or more: the push of a group is s times as long as the group's tokens; no unit; or
+    strength: s, 0 or more: the push of a group is s times as long as the group's tokens; no unit. In M > 1 steps that
+    is the length of the path, whose ends are nearer where the gradient turns on the way; or
     scale: η, 0 or more, instead: the step size of the paper; its unit differs from model to model
     iterations: M, the number of gradient steps that one push consists of
     steps: τ, repel in that many of the first denoising steps,
