@@ -202,7 +202,7 @@ def decoded(**config):
 
 def truncated(it):
     def to_picture(pixels):
-        return Image.fromarray(((pixels[0].clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy())
+        return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).byte().movedim(0, -1).numpy())
 
     it.patch.setattr(sampler.pipeline, "to_picture", to_picture)
 
