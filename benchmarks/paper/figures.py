@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from ..sheets import sheet
 from .plan import KNOBS, REGIMES, ablations
 from .run import pictures
-from .tables import AS_SHIPPED, Result, Results, best_within, front
+from .tables import AS_SHIPPED, Result, Results, best, front
 
 matplotlib.use("Agg")
 matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 11, "axes.spines.top": False,
@@ -90,11 +90,8 @@ def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
 
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
-    """What every method paints from the same seeds: at its largest gain within the points of the table, or where it has
-    none, at what loses least of the prompt."""
-    ways = {"base": {}}
-    for method, found in results.fronts(model).items():
-        ways[method] = (best_within(found) or max(found, key=lambda r: r.adherence[0])).setting
+    """What every method paints from the same seeds, at the setting of the table."""
+    ways = {"base": {}, **{method: best(found).setting for method, found in results.fronts(model).items()}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")

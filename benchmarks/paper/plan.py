@@ -26,7 +26,7 @@ FULL = full_prompts(30)
 BATCHES = {2: 8, 4: 4, 8: 2, 16: 1, 32: 1}  # pictures → seeds, so that small batches are measured on as many pictures
 SHIPPED = [{}, {"repulsion": {}}]  # without and with repulsion as the checkpoint ships it
 KNOBS = "strength", "η"
-DECADES = range(4, 9)  # of η
+ETAS = "1e4", "3e4", "1e5", "3e5", "1e6", "1e7"  # at which something happens on at least one checkpoint
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def ablations(model: str) -> dict[str, dict[str, dict]]:
         "objective": {name: but(objective=name) for name in NAMES},
         "M": {f"{m}": but(iterations=m) for m in (1, 5, 20, 50)},
         "strength": {f"{s}": {"repulsion": push(model, strength=s)} for s in (0.5, 1.0, 2.0)},
-        "η": {f"1e{k}": {"repulsion": push(model, scale=10.0**k)} for k in DECADES},
+        "η": {eta: {"repulsion": push(model, scale=float(eta))} for eta in ETAS},
     }
     if model == "tiny-sd3":
         found["branches"] = {name: but(branches=name) for name in ("all", "conditional")}

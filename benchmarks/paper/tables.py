@@ -133,6 +133,11 @@ def best_within(results: list[Result], points: float = KEPT) -> Result | None:
     return max(kept, key=lambda r: r.gain[0], default=None)
 
 
+def best(results: list[Result]) -> Result:
+    """The same; where there is none, what loses least of the prompt."""
+    return best_within(results) or max(results, key=lambda r: r.adherence[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # as text
 
@@ -178,12 +183,10 @@ def effect_table(results: Results, models: list[str]) -> str:
 
 
 def front_table(results: Results, model: str) -> str:
-    """Each method at its largest gain within KEPT points of adherence; the largest first."""
-    best = {method: best_within(found) for method, found in results.fronts(model).items()}
-    first = sorted([method for method in best if best[method]], key=lambda method: -best[method].gain[0])
-    lines = [[method, short(best[method].setting), *cells(best[method]), f"{best[method].groups}"] for method in first]
-    none = f"none within {KEPT:g} points"
-    lines += [[method, none, *["–"] * (len(HEAD) + 1)] for method in best if not best[method]]
+    """Each method at its best; the largest gain first, and last those that have none within KEPT points."""
+    found = {method: best(settings) for method, settings in results.fronts(model).items()}
+    rows = sorted(found.items(), key=lambda row: (row[1].adherence[0] < -KEPT, -row[1].gain[0]))
+    lines = [[method, short(result.setting), *cells(result), f"{result.groups}"] for method, result in rows]
     return markdown(["method", "its best setting", *HEAD, "groups"], lines)
 
 

@@ -98,8 +98,8 @@ def test_single_stream_blocks_move_their_context_alone(tmp_path):
 def test_a_double_exposure_is_many_times_as_blurred_as_what_it_is_made_of():
     rng = random.Random(0)
     sharp = render([sample_scene(rng) for _ in range(40)])
-    alone = blur([to_picture(x[None]) for x in sharp])
-    double = blur([to_picture((a + b)[None] / 2) for a, b in zip(sharp[:20], sharp[20:], strict=True)])
+    alone = blur([to_picture(x) for x in sharp])
+    double = blur([to_picture((a + b) / 2) for a, b in zip(sharp[:20], sharp[20:], strict=True)])
     assert max(alone) < 4 and sorted(double)[2] > 8  # outlines alone; two of twenty pairs may nearly share their ground
     assert blur([Image.new("RGB", (64, 64), (30, 32, 85))]) == [pytest.approx(0, abs=1e-3)]  # navy
     assert blur([Image.new("RGB", (64, 64), (30, 32, 95))]) == [pytest.approx(10, abs=1e-3)]

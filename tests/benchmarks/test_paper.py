@@ -234,10 +234,10 @@ def test_the_front_is_what_nothing_beats(price):
     assert tables.front(found, price) == sorted(unbeaten, key=lambda r: r.gain[0])
 
 
-def test_the_best_within_points_is_the_largest_gain_that_keeps_the_prompt():
-    low, high, dear = result(1.4, 1.0), result(1.5, -2.9), result(3.0, -3.1)
-    assert tables.best_within([low, high, dear]) is high
-    assert tables.best_within([dear]) is None and tables.best_within([]) is None
+def test_the_best_is_the_largest_gain_that_keeps_the_prompt_or_what_loses_least_of_it():
+    low, high, dear, dearer = result(1.4, 1.0), result(1.5, -2.9), result(3.0, -3.1), result(3.5, -4.0)
+    assert tables.best([low, high, dear, dearer]) is tables.best_within([low, high, dear, dearer]) is high
+    assert tables.best([dearer, dear]) is dear and tables.best_within([dearer, dear]) is None
 
 
 def row(setting, prompt, seed, vendi, adherence, model="m"):
