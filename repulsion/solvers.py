@@ -26,9 +26,8 @@ def mixing_matrix(gram: np.ndarray, strength: float | None, scale: float | None,
     for _ in range(iterations):
         d = gradient_matrix(now, objective, reg)
         if strength is not None:
-            moved = (d @ now * d).sum((-2, -1))  # ‖D A C‖²
-            moved = np.where(moved > 1e-15 * np.square(d).max((-2, -1)) * squared, moved, np.inf)  # else rounding
-            length = (strength / iterations * np.sqrt(squared / moved))[:, None, None]
+            moved = (d @ now * d).sum((-2, -1))  # ‖D A C‖², 0 where all samples coincide, up to rounding
+            length = (strength / iterations * np.sqrt(squared / np.where(moved > 0, moved, np.inf)))[:, None, None]
         mixing = mixing + length * (d + d @ mixing)
         now = (identity + mixing) @ gram @ (identity + mixing).swapaxes(-1, -2)
         if not np.isfinite(now).all():
