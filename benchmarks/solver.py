@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    show("solver | ms | of the float32 loop's time | error", pushes(args.runs))
+    show("solver | ms | faster than the float32 loop | error", pushes(args.runs))
     show("B | M | bookkeeping, ms", bookkeeping(args.runs))
     show("objective | error", objectives())
     show("tokens | peak memory of a push", memory())
