@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             "method": None if other is None else {"name": args.method, **asdict(other)}}
     target = args.out or output.free_folder(Path("outputs") / output.folder_name(args.prompt))
     with output.whole_folder(target, args.overwrite) as folder:
-        write(folder, pictures, found, about, ways)
+        write(folder, pictures=pictures, found=found, about=about, ways=ways)
     print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
     print(f"written to {target}{'' if args.no_compare else ': compare.png shows both'}")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from einops import repeat
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
 from repulsion import Repulsion
@@ -63,14 +63,11 @@ class Pipeline:
         found = find_sources(name_or_path, transformer=transformer, autoencoder=autoencoder,
                              text_encoders=text_encoders, tokenizers=tokenizers)
         main, free = found.transformer, offload is not None
-
-        def load(stored: Stored, dtype: torch.dtype) -> nn.Module:
-            return (load_streamed if offload == "blocks" else Stored.load)(stored, dtype, device, keep_float8)
-
+        load = partial(load_streamed if offload == "blocks" else Stored.load, device=device, keep_float8=keep_float8)
         defaults = find_defaults(found.path, main.config)
         text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=defaults.prompt_tokens)
         for role, stored in found.text_encoders.items():
-            part = Part(partial(load, stored, text_dtype), free)
+            part = Part(partial(load, stored, dtype=text_dtype), free)
             if role == "t5":
                 text.t5 = T5Tokenizer(found.tokenizers[role]), part
             else:
@@ -80,9 +77,9 @@ class Pipeline:
             scheduler = read_json(found.scheduler)
             shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
         autoencoder = Part(partial(found.autoencoder.load, dtype, device), free)
-        return cls(transformer=Part(partial(load, main, dtype), free), autoencoder=autoencoder, text=text, shift=shift,
-                   config=main.config, downscale=found.autoencoder.config.downscale, defaults=defaults, dtype=dtype,
-                   device=device)
+        return cls(transformer=Part(partial(load, main, dtype=dtype), free), autoencoder=autoencoder, text=text,
+                   config=main.config, downscale=found.autoencoder.config.downscale, shift=shift, defaults=defaults,
+                   dtype=dtype, device=device)
 
     @property
     def transformer(self) -> MMDiT:
@@ -122,8 +119,9 @@ class Pipeline:
         method = method or Method()  # plain sampling
         steps = self.defaults.steps if steps is None else steps
         guidance = self.defaults.guidance if guidance is None else guidance
-        self._check(prompt, images, image, skip_layer_guidance)
-        weight = self._classifier_free(guidance, true_guidance, negative_prompt, skip_layer_guidance)
+        self._check(prompt=prompt, images=images, image=image, skip=skip_layer_guidance)
+        weight = self._classifier_free(guidance=guidance, true_guidance=true_guidance, negative_prompt=negative_prompt,
+                                       skip=skip_layer_guidance)
         method.check(guided=weight is not None or self.config.guidance_embedding)
         usual = self.defaults.height * self.defaults.width  # the area of its own pictures
         pixels = None if image is None else reference_pixels(image, usual, self.multiple)

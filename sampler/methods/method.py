@@ -53,7 +53,7 @@ class Steering(Method):
         levels = sigmas.tolist()
 
         def steered(x: Tensor, sigma: float, step: int) -> Tensor:
-            return self.steer(x, velocity(x, sigma, step), sigma, levels[step + 1], step)
+            return self.steer(x, velocity(x, sigma, step), sigma=sigma, next_sigma=levels[step + 1], step=step)
 
         return steered
 
