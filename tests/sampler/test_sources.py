@@ -137,10 +137,10 @@ def test_every_arrangement_paints_the_same_pictures(originals, reference, tmp_pa
 def test_offloaded_parts_are_in_memory_one_at_a_time(originals, reference, monkeypatch):
     alive, load = [], Stored.load
 
-    def watched(self, *arguments):
+    def watched(self, *arguments, **named):
         gc.collect()
         assert not [module for module in alive if module() is not None]
-        module = load(self, *arguments)
+        module = load(self, *arguments, **named)
         alive.append(weakref.ref(module))
         return module
 
