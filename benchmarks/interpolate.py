@@ -6,7 +6,6 @@ latent space it becomes a double exposure.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,8 +173,7 @@ def run(args: argparse.Namespace) -> None:
     with output.whole_folder(target, args.overwrite) as folder:
         title = f"“{args.prompt}”, from seed {args.source_seed} at 0 to seed {args.target_seed} at 1"
         output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
-        summary = json.dumps({**about, "blur": blurs}, indent=2, ensure_ascii=False)
-        (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+        output.write_summary(folder, {**about, "blur": blurs})
     if blurs is not None:
         print(table(blurs, ALPHAS))
     print(f"written to {target}")

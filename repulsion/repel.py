@@ -40,19 +40,19 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
     tokens twice; "autograd" is the paper's loop in float64. The result is rounded to the tokens' dtype once.
 
     strength or scale 0 and a group of one return the tokens unchanged. Samples that coincide cannot be told apart: they
-    move alike, and where all coincide, none moves. A zero vector stays zero and repels no sample. Raises ValueError for
-    no tokens, NaN or infinite tokens, a batch that is no multiple of `groups`, settings out of range, and a push that
-    exceeds the range of the tokens' dtype.
+    move alike, and where all coincide, none moves. A zero vector has no cosine: it stays zero and repels no sample, but
+    for "spread", which moves it like any other. Raises ValueError for no tokens, NaN or infinite tokens, a batch that
+    is no multiple of `groups`, settings out of range, and a push that exceeds the range of the tokens' dtype.
     """
     check_settings(strength, scale, iterations, objective, kernel_reg, solver)
     if tokens.ndim != 3 or not tokens.numel() or groups < 1 or len(tokens) % groups or not tokens.is_floating_point():
         raise ValueError(f"tokens must be (groups · B, N, D), floating point, with groups = {groups}, got "
                          f"{tuple(tokens.shape)}, {tokens.dtype}")
-    if not (strength or scale) or tokens.shape[0] == groups:
+    if not (strength or scale) or len(tokens) == groups or first == 0:
         return tokens
     device, samples = tokens.device, len(tokens) // groups
     tokens = tokens.detach().to("cpu" if device.type == "mps" else device)  # MPS has no float64
-    result = tokens.clone() if last_group or first else torch.empty_like(tokens)
+    result = tokens.clone() if last_group or first is not None else torch.empty_like(tokens)
     part = slice(len(tokens) - samples if last_group else 0, None), slice(first)
     c, target = (rearrange(x[part], "(g b) n d -> g b n d", b=samples) for x in (tokens, result))
     gram = gram_matrix(c)

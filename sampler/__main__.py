@@ -1,7 +1,6 @@
 """`python -m sampler PROMPT`: the same seeds twice, a typical batch and one whose samples repel each other."""
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -87,8 +86,7 @@ def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict) ->
         sheets.append((f"{label}: Vendi score {found[name]['vendi']:.2f}", sheet))
     if len(sheets) == 2:
         output.save_png(output.side_by_side(sheets, about["prompt"]), folder / "compare.png", {**about, **ways})
-    summary = json.dumps({**about, **ways, "batches": found}, indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    output.write_summary(folder, {**about, **ways, "batches": found})
 
 
 def main() -> int:

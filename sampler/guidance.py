@@ -81,13 +81,12 @@ class GuidedVelocity:
                   "reference": None if self.reference is None else self.reference.expand(n, -1, -1, -1)}
         repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
 
-        transformer = self.transformer.module
-        v = transformer(**inputs, repulsion=repulsion, groups=groups).float()
+        v = self.transformer.module(**inputs, repulsion=repulsion, groups=groups).float()
         conditional = v[-b:]
         if groups == 2:
             v = v[:b] + self.weight * (conditional - v[:b])
         if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
             last = {name: None if tensor is None else tensor[-b:] for name, tensor in inputs.items()}
-            skipped = transformer(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
+            skipped = self.transformer.module(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
             v = v + self.skip_layers.scale * (conditional - skipped)
         return v

@@ -98,6 +98,11 @@ def folder_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
 
 
+def write_summary(folder: Path, content: dict[str, object]) -> None:
+    """summary.json, with line breaks for a person to read."""
+    (folder / "summary.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def free_folder(base: Path) -> Path:
     """`base`, or base-2, base-3, … : the first that does not exist."""
     names = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))

@@ -32,11 +32,12 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
         return {"vendi": round(vendi_score(vectors.flatten(1)).item(), 4), "vendi_of": "pixels"}
     scenes = read(pixels)
     try:
-        kept = mean(adherence(parse(prompt), scene) for scene in scenes)
+        asked = parse(prompt)
     except ValueError:  # a prompt outside the tiny world's grammar
-        kept = None
+        asked = None
     return {"vendi": round(vendi_score(attribute_vectors(scenes)).item(), 4), "vendi_of": "attributes",
-            "adherence": kept and round(kept, 4), "attributes": count_attributes(scenes)}
+            "attributes": count_attributes(scenes),
+            "adherence": asked and round(mean(adherence(asked, scene) for scene in scenes), 4)}
 
 
 def table(base: dict | None, repelled: dict | None, images: int) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from mmdit import MMDiT
-from sampler import sigmas
+from sampler import denoise, sigmas
 from weights import BUNDLED, load_transformer
 
 from .data import Data
@@ -51,11 +51,12 @@ def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
     shape = (len(captions), config.latent_channels, 16, 16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device)
     guidance, way = torch.full((1, len(x)), GUIDANCE, device=teacher.device), [x]
-    for step, (sigma, after) in enumerate(zip(levels.tolist(), levels.tolist()[1:], strict=False), start=1):
-        (velocity,) = teacher.velocities(x, x.new_full((len(x),), sigma), condition, guidance)
-        x = x + (after - sigma) * velocity
-        if step % FINE == 0 or after == 0:
-            way.append(x)
+
+    def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
+        return teacher.velocities(x, x.new_full((len(x),), sigma), condition, guidance)[0]
+
+    for start in range(0, len(levels) - 1, FINE):  # the last of the student's steps is one of the teacher's
+        way.append(denoise(velocity, way[-1], levels[start : start + FINE + 1]))
     return torch.stack(way, dim=1).half().cpu()
 
 
