@@ -3,6 +3,7 @@
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .clip import ClipConfig, ClipTextEncoder
 from .config import PRESETS, MMDiTConfig
+from .meta import on_meta
 from .model import MMDiT
 from .t5 import T5Config, T5Encoder
 from .tokenizers import ClipTokenizer, T5Tokenizer
@@ -10,5 +11,5 @@ from .trace import trace
 
 __all__ = [
     "PRESETS", "Autoencoder", "AutoencoderConfig", "ClipConfig", "ClipTextEncoder", "ClipTokenizer", "MMDiT",
-    "MMDiTConfig", "T5Config", "T5Encoder", "T5Tokenizer", "trace",
+    "MMDiTConfig", "T5Config", "T5Encoder", "T5Tokenizer", "on_meta", "trace",
 ]

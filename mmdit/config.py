@@ -102,6 +102,7 @@ _LARGE = replace(_SD3, hidden_size=2432, num_heads=38, num_dual_blocks=38)
 PRESETS: dict[str, MMDiTConfig] = {
     "flux1-dev": replace(_FLUX, guidance_embedding=True),
     "flux1-schnell": _FLUX,
+    "flux1-dev-de-distill": _FLUX,
     "flux1-kontext-dev": replace(_FLUX, guidance_embedding=True),
     "sd3-medium": replace(_SD3, qk_norm=False),
     "sd3.5-medium": replace(_SD3, position_table_size=384, dual_attention_blocks=tuple(range(13))),

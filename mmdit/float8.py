@@ -33,3 +33,9 @@ class Float8Modulation(Modulation, Float8Linear):
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, scaled: bool = False):
         Float8Linear.__init__(self, inputs, outputs, dtype, bias, scaled)
         self.parts = outputs // inputs
+
+
+def keep_in_float8(layer: nn.Linear, dtype: torch.dtype, scaled: bool) -> Float8Linear:
+    """A layer of the same sizes, on the meta device, for weights that stay in the float8 `dtype`."""
+    kind = Float8Modulation if isinstance(layer, Modulation) else Float8Linear
+    return kind(layer.in_features, layer.out_features, dtype, layer.bias is not None, scaled)

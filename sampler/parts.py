@@ -72,5 +72,5 @@ def stream_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype | N
 def load_streamed(stored: Stored, dtype: torch.dtype, device: torch.device, keep_float8: bool) -> nn.Module:
     """A network that computes in `dtype` on `device`, and whose blocks stay in the CPU's memory, as they are stored
     where that is narrower."""
-    as_stored = stored.narrowest.itemsize >= 2 and stored.widest.itemsize < dtype.itemsize
-    return stream_blocks(stored.load(None if as_stored else dtype, "cpu", keep_float8), device, dtype)
+    narrow = stored.dtype.itemsize < dtype.itemsize
+    return stream_blocks(stored.load(None if narrow else dtype, "cpu", keep_float8), device, dtype)

@@ -12,41 +12,44 @@ from torch import Tensor
 
 from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
 from repulsion import Repulsion
-from weights import Stored
+from weights import Settings, Stored, inspect_checkpoint, open_part
 
 from .conditioning import TextEncoders
-from .defaults import Defaults, find_defaults, read_json
+from .defaults import find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
 from .kontext import reference_pixels
 from .methods import Method
 from .parts import Part, load_streamed
-from .schedule import sigmas, starting_noise
-from .sources import find_sources
+from .schedule import Schedule, starting_noise
 
 
 class Pipeline:
     """Text encoders, transformer and autoencoder of one checkpoint, with its schedule and its defaults."""
 
     def __init__(self, transformer: Part, autoencoder: Part, text: TextEncoders, config: MMDiTConfig, downscale: int,
-                 shift: float | None, defaults: Defaults, dtype: torch.dtype, device: torch.device):
+                 schedule: Schedule, defaults: Settings, dtype: torch.dtype, device: torch.device,
+                 files: dict[str, str]):
         self.parts = {"transformer": transformer, "autoencoder": autoencoder}
         self.text = text
         self.config, self.downscale = config, downscale  # the transformer's; pixels for each latent, along a side
-        self.shift, self.defaults = shift, defaults  # of the schedule; None: by picture size (FLUX.1-dev)
-        self.dtype, self.device = dtype, device  # that transformer and autoencoder compute in
+        self.schedule, self.defaults = schedule, defaults
+        self.dtype, self.device = dtype, device  # that the transformer computes in
+        self.files = files  # what was taken from where, by part
 
     @classmethod
     def load(cls, name_or_path: str | Path | None = None, dtype: torch.dtype | None = None,
              device: str | torch.device | None = None, *, transformer: str | Path | None = None,
              autoencoder: str | Path | None = None, text_encoders: Sequence[str | Path] | None = None,
-             tokenizers: str | Path | Sequence[str | Path] | None = None,
+             tokenizers: str | Path | None = None, variant: str | None = None, shift: float | None = None,
              offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False) -> "Pipeline":
         """The pipeline of a bundled checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
         files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
-        Files are found and checked now (`find_sources`); weights are read when a part is first used.
-        `dtype` is that of all networks (default: float32 on the CPU, bfloat16 on a GPU; T5 is never float16); `device`
-        defaults to the GPU where there is one. `offload`: "parts", text encoders, transformer and autoencoder are in
+        Files are found and checked now (`weights.inspect_checkpoint`); weights are read when a part is first used.
+        `dtype` is that of all networks. The default is bfloat16 on a GPU; on the CPU, the stored dtype of each network,
+        whose tensors then stay in the mapped file (bundled checkpoints and autoencoders: float32). T5 is never
+        float16. `device` defaults to the GPU where there is one. `variant` is the public checkpoint whose settings
+        count, `shift` the schedule's. `offload`: "parts", text encoders, transformer and autoencoder are in
         memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in the CPU's memory,
         in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8 weights in float8
         and widens them as they are used.
@@ -58,28 +61,31 @@ class Pipeline:
         if name_or_path is None and transformer is None:
             name_or_path = "tiny-sd3"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # T5 overflows in float16
-        found = find_sources(name_or_path, transformer=transformer, autoencoder=autoencoder,
-                             text_encoders=text_encoders, tokenizers=tokenizers)
-        main, free = found.transformer, offload is not None
-        load = partial(load_streamed if offload == "blocks" else Stored.load, device=device, keep_float8=keep_float8)
-        defaults = find_defaults(found.path, main.config)
-        text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=defaults.prompt_tokens)
-        for role, stored in found.text_encoders.items():
-            part = Part(partial(load, stored, dtype=text_dtype), free)
+        found = inspect_checkpoint(name_or_path, transformer=transformer, autoencoder=autoencoder, variant=variant,
+                                   text_encoders=text_encoders, tokenizers=tokenizers, download=True)
+        found.check()
+        stored = {role: open_part(part, family=found.family) for role, part in found.parts.items()}
+        settings, free = find_settings(found), offload is not None
+        main, vae = stored.pop("transformer"), stored.pop("autoencoder")
+        wide = torch.float32 if device.type == "cpu" else torch.bfloat16
+        if dtype is None and (settings.world or device.type != "cpu"):
+            dtype = wide
+        load = partial(load_streamed if offload == "blocks" else Stored.load, device=device,
+                       keep_float8=keep_float8 or dtype is None)
+        text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=settings.prompt_tokens)
+        for role, network in stored.items():
+            usual = dtype or network.dtype
+            text_dtype = torch.bfloat16 if usual == torch.float16 and (dtype or role == "t5") else usual
+            part = Part(partial(load, network, dtype=text_dtype), free)
             if role == "t5":
                 text.t5 = T5Tokenizer(found.tokenizers[role]), part
             else:
                 text.clips.append((ClipTokenizer(found.tokenizers[role]), part))
-        shift = defaults.shift
-        if found.scheduler:
-            scheduler = read_json(found.scheduler)
-            shift = None if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
-        autoencoder = Part(partial(found.autoencoder.load, dtype, device), free)
-        return cls(transformer=Part(partial(load, main, dtype=dtype), free), autoencoder=autoencoder, text=text,
-                   config=main.config, downscale=found.autoencoder.config.downscale, shift=shift, defaults=defaults,
-                   dtype=dtype, device=device)
+        return cls(transformer=Part(partial(load, main, dtype=dtype or main.dtype), free),
+                   autoencoder=Part(partial(vae.load, dtype or wide, device), free), text=text, config=main.config,
+                   downscale=vae.config.downscale, schedule=find_schedule(found, settings, shift), defaults=settings,
+                   dtype=dtype or main.dtype, device=device,
+                   files={role: str(part.path) for role, part in found.parts.items()})
 
     @property
     def transformer(self) -> MMDiT:
@@ -134,7 +140,7 @@ class Pipeline:
         reference = None
         if pixels is not None:
             with self.parts["autoencoder"].used() as autoencoder:
-                reference = autoencoder.encode(pixels.to(self.device, self.dtype))
+                reference = autoencoder.encode(pixels.to(self.device, next(autoencoder.parameters()).dtype))
         noise = method.noise(draw, images)
 
         def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
@@ -148,14 +154,12 @@ class Pipeline:
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         with self.parts["autoencoder"].used() as autoencoder:  # one by one: decoding takes the most memory
-            return [to_picture(autoencoder.decode(x[None].to(self.dtype))[0].float()) for x in latent]
+            dtype = next(autoencoder.parameters()).dtype
+            return [to_picture(autoencoder.decode(x[None].to(dtype))[0].float()) for x in latent]
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
-        if self.text.family == "sd3":
-            return sigmas(steps, shift=self.shift, spacing="sd3")
-        tokens = (height // self.multiple) * (width // self.multiple)
-        return sigmas(steps, image_tokens=tokens) if self.shift is None else sigmas(steps, shift=self.shift)
+        return self.schedule.sigmas(steps, (height // self.multiple) * (width // self.multiple))
 
     def _noise(self, images: int, *, seed: int, height: int, width: int, noise: Tensor | None) -> Tensor:
         """The caller's noise or the seed's, on the transformer's device, float32."""

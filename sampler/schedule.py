@@ -1,7 +1,9 @@
 """Time: the noise levels σ from 1 (noise) to 0 (picture), and the sampling loop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,31 +18,92 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def dynamic_shift(image_tokens: int) -> float:
-    """FLUX.1-dev's shift e^μ, where μ runs from 0.5 at 256 image tokens to 1.15 at 4,096 on a line."""
-    return math.exp(0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256))
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a family: evenly spaced times, shifted towards high noise.
+
+    spacing: "flux", times from 1 to 0 in equal parts; "sd3", from 1 to the shifted 1/1000 in equal parts, then 0, so
+    that only the end point is shifted twice
+    shift: above 0; None: e^μ, where μ runs from base_shift at base_image_seq_len image tokens to max_shift at
+    max_image_seq_len on a line ("exponential"), or μ itself ("linear")
+    shift_terminal: the last level above 0, to which all are stretched; None: as it comes
+
+    The names are those of scheduler_config.json. Raises ValueError naming the field that is out of range.
+    """
+
+    spacing: Literal["flux", "sd3"] = "flux"
+    shift: float | None = 1.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    shift_terminal: float | None = None
+
+    def __post_init__(self):
+        for name in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal"):
+            value = getattr(self, name)
+            if value is None and name in ("shift", "shift_terminal"):
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"the schedule's {name} must be a finite number above 0, got {value!r}")
+        if self.spacing not in ("flux", "sd3"):
+            raise ValueError(f'spacing must be "flux" or "sd3", got {self.spacing!r}')
+        if self.time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f'time_shift_type must be "exponential" or "linear", got {self.time_shift_type!r}')
+        if self.base_image_seq_len == self.max_image_seq_len or (self.shift_terminal or 0) >= 1:
+            raise ValueError("base_image_seq_len and max_image_seq_len must differ, and shift_terminal be below 1")
+
+    @classmethod
+    def from_hub(cls, config: Mapping[str, Any], spacing: Literal["flux", "sd3"]) -> "Schedule":
+        """The schedule of a scheduler_config.json. Raises ValueError for what would change the levels otherwise."""
+        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(f"it describes a {name!s:.60}, not a FlowMatchEulerDiscreteScheduler: say the shift")
+        for key, usual in OTHER_LEVELS.items():
+            if config.get(key, usual) not in (usual, None):
+                raise ValueError(f"{key} {config[key]!r:.60} is not supported: set it to {usual!r}, or say the shift")
+        given = {f.name: config[f.name] for f in fields(cls) if f.name in config and f.name != "spacing"}
+        given.setdefault("shift", 1.0)
+        dynamic = config.get("use_dynamic_shifting", False)
+        if given["shift"] is None or not isinstance(dynamic, bool):
+            raise ValueError(f"shift {given['shift']!r} is no number, or use_dynamic_shifting {dynamic!r} not true or "
+                             "false: download the file again")
+        return cls(spacing, **given | ({"shift": None} if dynamic else {}))
+
+    def sigmas(self, steps: int, image_tokens: int | None = None) -> Tensor:
+        """The noise levels of a run of `steps` for pictures of `image_tokens`, from 1 down to 0: (steps + 1,) float32.
+
+        Raises ValueError for fewer than one step.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        shift, last = self.shift, torch.tensor(1 / 1000, dtype=torch.float64)
+        if shift is None:
+            slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+            mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+            shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
+        elif self.spacing == "sd3":
+            last = shifted(last, shift)
+        end = last.item() if self.spacing == "sd3" else 1 / steps
+        levels = shifted(torch.linspace(1, end, steps, dtype=torch.float64), shift)
+        if self.shift_terminal is not None:
+            levels = 1 - (1 - levels) * (1 - self.shift_terminal) / (1 - levels[-1])
+        return torch.cat([levels, levels.new_zeros(1)]).float()
+
+
+# Entries of scheduler_config.json under which diffusers takes other levels, and the only value that is supported.
+OTHER_LEVELS = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False,
+                "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
 
 
 def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, spacing: str = "flux") -> Tensor:
-    """The noise levels of a sampling run, from 1 down to 0: (steps + 1,) float32.
+    """The noise levels of a sampling run, from 1 down to 0: (steps + 1,) float32; see `Schedule`.
 
     FLUX.1-schnell: `sigmas(4)`. FLUX.1-dev: `sigmas(28, image_tokens=4096)`. SD3: `sigmas(28, shift=3.0,
-    spacing="sd3")`, whose times are evenly spaced from 1 to the shifted 1/1000, then shifted, then 0: only the end
-    point is shifted twice.
-    Raises ValueError for fewer than one step, a shift that is not positive, and an unknown spacing.
+    spacing="sd3")`. Raises ValueError for fewer than one step, a shift that is not positive, and an unknown spacing.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"the schedule's shift must be a finite number above 0, got {shift}")
-    if spacing == "sd3":
-        last = shifted(torch.tensor(1 / 1000, dtype=torch.float64), shift).item()
-        times = torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
-    elif spacing == "flux":
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    else:
-        raise ValueError(f'spacing must be "flux" or "sd3", got {spacing!r}')
-    return shifted(times, shift if image_tokens is None else dynamic_shift(image_tokens)).float()
+    return Schedule(spacing, shift if image_tokens is None else None).sigmas(steps, image_tokens)
 
 
 def denoise(velocity: Velocity, noise: Tensor, sigmas: Tensor, progress: str | None = None) -> Tensor:

@@ -1,104 +1,106 @@
-"""`python -m weights PATH`: what a checkpoint is, from its headers alone, and what a pipeline still lacks."""
+"""What a checkpoint is, from its headers alone, and what a pipeline still lacks.
 
-import argparse
-import json
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+It takes no longer for 24 GB than for a small file. PATH is one of
 
-from .inspection import Component, Inspection, inspect_checkpoint
-
-EPILOG = """\
-Only the headers are read, so it takes no longer for 24 GB than for a small file. PATH is one of
-
-  a file        original, merged with text encoders and autoencoder, or a single component
-  a folder      in the hub's layout, one component of it, or one with original files
+  a file        original, merged with text encoders and autoencoder, or a single network
+  a folder      in the hub's layout, one network's of it, or one with original files
   a name        on the hub, such as black-forest-labs/FLUX.1-dev, looked up in the local cache, nothing is downloaded;
                 or tiny-sd3, a checkpoint bundled with this repository
 
 examples:
   python -m weights flux1-dev.safetensors
-  python -m weights path/to/stable-diffusion-3.5-large
   python -m weights stabilityai/stable-diffusion-3.5-medium --json
   python -m weights sd3_medium_incl_clips_t5xxlfp8.safetensors --check
 
-exit codes: 0; 1 if --check finds NaN or infinity; 2 if PATH is missing, damaged, or no such model."""
+exit codes: 0; 1 if --check finds NaN or infinity; 2 if PATH is missing, damaged, or a network that cannot be loaded."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+
+from safetensors import safe_open
+from tqdm import tqdm
+
+from .detect import Checkpoint, Part, inspect_checkpoint
+from .files import DTYPES
+from .load import open_part, read_stored
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m weights", description=__doc__, epilog=EPILOG,
+def relative(place: Path, found: Checkpoint) -> str:
+    return str(place).removeprefix(f"{found.path if found.path.is_dir() else found.path.parent}/")
+
+
+def describe(part: Part, found: Checkpoint) -> dict[str, object]:
+    """One network: location, storage format, size, and why it cannot be loaded, if so."""
+    stored = sorted(part.entries.items(), key=lambda item: -item[1].nbytes)  # the largest tensor's dtype first
+    dtypes = Counter(f"{entry.dtype} scaled" if entry.scale else entry.dtype for _, entry in stored)
+    try:
+        problem = open_part(part, family=found.family) and ""
+    except ValueError as error:
+        problem = str(error)
+    return {
+        "in": f"{relative(part.path, found)}{f': {part.prefix}*' if part.prefix else ''}", "layout": part.layout.name,
+        "dtype": ", ".join(dtypes if len(dtypes) == 1 else (f"{n} × {dtype}" for dtype, n in dtypes.items())),
+        "parameters": sum(prod(entry.shape) for name, entry in stored if not name.endswith("pos_embed")),  # SD3's table
+        "bytes": sum(entry.nbytes for _, whole in stored for entry in (whole, whole.scale) if entry),
+        "passed over": part.unused, "problem": problem,
+    }
+
+
+def table(about: dict) -> str:
+    """A headline, one row per network, then tokenizers, what is missing, other files and problems."""
+    rows = [("part", "in", "layout", "dtype", "parameters", "size")]
+    rows += [(role, part["in"], part["layout"], part["dtype"], f"{part['parameters'] / 1e6:,.1f} M",
+              f"{part['bytes'] / 1e9:.2f} GB") for role, part in about["parts"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    variant = f"{about['variant']} ({about['told']})" if about["told"] else about["variant"] or "part of a pipeline"
+    lines = [f"{about['path']}: {variant}", "", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+    for label in ("tokenizers", "missing", "beside"):
+        lines += ["", *(f"{label:12}{name}: {what}" for name, what in about[label].items())] if about[label] else []
+    for role, part in about["parts"].items():
+        over = part["passed over"]
+        lines += [f"{'passed over':12}{role}: {len(over)} tensors of no network, first {over[0]}"] if over else []
+        lines += [f"{'problem':12}{part['problem']}"] if part["problem"] else []
+    if (bad := about["not finite"]) is not None:
+        lines += ["", f"{'NaN or inf':12}{', '.join(bad) or 'in no tensor'}"]
+    return "\n".join(lines)
+
+
+def not_finite(found: Checkpoint) -> list[str]:
+    """The files and names of the tensors with NaN or infinity. Reads all numbers."""
+    entries = [entry for part in found.parts.values() for whole in part.entries.values()
+               for entry in (whole, whole.scale) if entry and entry.dtype in DTYPES]
+    opened = cache(partial(safe_open, framework="pt"))
+    return [f"{entry.file}: {entry.name}" for entry in tqdm(entries, "reading", leave=False)
+            if not read_stored(entry, opened).float().isfinite().all()]
+
+
+def main() -> int:
+    """Prints what is there. Exit codes: see above; 130 if interrupted."""
+    p = argparse.ArgumentParser(prog="python -m weights", epilog=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("path", metavar="PATH", help="a file, a folder, or a name on the hub")
     p.add_argument("--check", action="store_true", help="read every number, and name the tensors with NaN or infinity")
     p.add_argument("--json", action="store_true", help="print the same as JSON")
-    return p
-
-
-def table(found: Inspection) -> str:
-    """A headline, one row per component, then tokenizers, scheduler, other files and what is missing."""
-    kind = f"{found.family}, {found.variant or 'without its transformer'}" if found.family else "part of a pipeline"
-    lines = [f"{found.path}: {kind.replace('of its own', 'sizes of its own')}", "", *rows(found.components)]
-    tokenizers = ", ".join(f"{where} ({kind})" for where, kind in found.tokenizers.items())
-    notes = [("tokenizers", tokenizers)] if tokenizers else []
-    notes += [("scheduler", found.scheduler)] if found.scheduler else []
-    notes += [("also here", f"{file} {what}") for file, what in found.beside.items()]
-    notes += [("missing", f"{name:12} {public}") for name, public in found.missing.items()]
-    notes += [("optional", f"{name:12} {public}") for name, public in found.optional.items()]
-    if found.family and not found.missing:
-        notes.append(("missing", "nothing"))
-    if found.not_finite is not None:
-        bad = found.not_finite
-        several = f" and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        where = f"in {len(bad):,} {'tensor' if len(bad) == 1 else 'tensors'}: {', '.join(bad[:5])}{several}"
-        notes.append(("NaN or inf", where if bad else "in no tensor"))
-    lines += [""] * bool(notes)
-    for i, (label, text) in enumerate(notes):
-        again = i and notes[i - 1][0] == label
-        lines.append(f"{'' if again else label:12}{text}")
-    return "\n".join(lines)
-
-
-def rows(components: tuple[Component, ...]) -> Iterator[str]:
-    """The table of components, with right-aligned numbers."""
-    in_one_file = len({c.where for c in components}) == 1 < len(components)
-    cells = [("component", "names" if in_one_file else "where", "layout", "dtype", "parameters", "size")]
-    for c in components:
-        where = f"{c.prefix}*" if in_one_file and c.prefix else "no prefix" if in_one_file else c.where
-        shards = f" in {c.files} shards" if c.files > 1 else ""
-        dtypes = [f"{n} × {dtype}" if len(c.dtypes) > 1 else dtype for dtype, n in c.dtypes.items()]
-        cells.append((c.role, where, c.layout + shards, ", ".join(dtypes), short(c.parameters),
-                      short(c.bytes, "B")))
-    if len(components) > 1:
-        cells.append(("together", "", "", "", short(sum(c.parameters for c in components)),
-                      short(sum(c.bytes for c in components), "B")))
-    widths = [max(len(row[i]) for row in cells) for i in range(6)]
-    for row in cells:
-        left = (cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False))
-        right = (cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True))
-        yield "  ".join((*left, *right))
-
-
-def short(n: int, unit: str = "") -> str:
-    """11.90 B parameters, 83.82 M; 23.80 GB."""
-    for size, number, of_bytes in ((10**9, "B", "G"), (10**6, "M", "M"), (10**3, "k", "k")):
-        if n >= size:
-            return f"{n / size:.2f} {of_bytes if unit else number}{unit}"
-    return f"{n} {unit}".strip()
-
-
-def main() -> int:
-    """Prints what is there. Exit codes: see EPILOG; 130 if interrupted."""
-    args = parser().parse_args()
+    args = p.parse_args()
     try:
-        found = inspect_checkpoint(args.path, check_numbers=args.check, progress="reading" if args.check else None)
+        found = inspect_checkpoint(args.path)
+        beside = {relative(place, found): str(what).removeprefix(f"{place} ") for place, what in found.beside.items()}
+        about = {**vars(found), "parts": {role: describe(part, found) for role, part in found.parts.items()},
+                 "tokenizers": {role: relative(place, found) for role, place in found.tokenizers.items()},
+                 "beside": beside, "not finite": not_finite(found) if args.check else None}
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    print(json.dumps(asdict(found), indent=2, ensure_ascii=False) if args.json else table(found))
-    return 1 if found.not_finite else 0
+    print(json.dumps(about, indent=2, ensure_ascii=False, default=str) if args.json else table(about))
+    return 2 if any(part["problem"] for part in about["parts"].values()) else bool(about["not finite"])
 
 
 if __name__ == "__main__":

@@ -1,204 +1,197 @@
-"""The hub's config.json <-> our configs."""
+"""A module's config: sizes from the shapes of the stored tensors, the rest from the hub's config.json; and back."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from math import isqrt, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmdit import AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config
 
-from .names import CheckpointError, Sizes
+from .layouts import CheckpointError, Sizes
+
+if TYPE_CHECKING:
+    from .detect import Part
 
 Config = MMDiTConfig | AutoencoderConfig | ClipConfig | T5Config
 Json = Mapping[str, Any]
+Fields = dict[str, Any]
+
+# Shift and scaling of the latents, which an autoencoder's file does not store.
+LATENTS = {"flux": {"shift": 0.1159, "scaling": 0.3611}, "sd3": {"shift": 0.0609, "scaling": 1.5305}}
 
 
 def sizes_of(config: Config) -> Sizes:
     """The sizes of a module that its name table depends on."""
-    match config:
-        case MMDiTConfig():
-            return Sizes(config.hidden_size, config.num_dual_blocks - 1, config.patch_size)
-        case AutoencoderConfig():
-            return Sizes(config.channels[-1], len(config.channels) - 1)
-        case ClipConfig():
-            return Sizes(config.hidden_size)
-        case T5Config():
-            return Sizes(config.num_heads * config.head_dim)
+    if isinstance(config, MMDiTConfig):
+        return Sizes(config.hidden_size, config.num_dual_blocks - 1, config.patch_size)
+    if isinstance(config, AutoencoderConfig):
+        return Sizes(config.channels[-1], len(config.channels) - 1)
+    return Sizes(config.num_heads * config.head_dim if isinstance(config, T5Config) else config.hidden_size)
 
 
-# config.json -> ours. Each raises CheckpointError for unsupported settings; the caller adds the file's name.
+def fields(part: "Part") -> Fields:
+    """The values of a network's config that its tensors determine."""
+    if part.kind.config is MMDiTConfig:
+        return _transformer_fields(part)
+    if part.kind.config is AutoencoderConfig:
+        levels = part.count("encoder.levels.{}.blocks.0.conv_1.weight")
+        return {"channels": tuple(part[f"encoder.levels.{i}.blocks.0.conv_1.weight"][0] for i in range(levels)),
+                "latent_channels": part["decoder.conv_in.weight"][1],
+                "blocks_per_level": part.count("encoder.levels.0.blocks.{}.conv_1.weight")}
+    found = dict(zip(("vocab_size", "hidden_size"), part["token_embedding.weight"], strict=False))
+    found["num_layers"] = part.count("layers.{}.attention.qkv.weight")
+    if part.kind.config is T5Config:
+        buckets, heads = part["relative_bias.weight"][:2]
+        return found | {"relative_buckets": buckets, "num_heads": heads,
+                        "head_dim": part["layers.0.attention.qkv.weight"][0] // heads,
+                        "intermediate_size": part["layers.0.mlp.gate.weight"][0]}
+    return found | {"max_positions": part["position_embedding.weight"][0],
+                    "intermediate_size": part["layers.0.mlp.in_layer.weight"][0],
+                    "projection_dim": (part.shape("projection.weight") or (None,))[0]}
 
 
-def transformer_from_hub(hub: Json) -> MMDiTConfig:
-    """Follows diffusers' FluxTransformer2DModel (`in_channels` is a whole patch's) and SD3Transformer2DModel."""
-    heads = _get(hub, "num_attention_heads")
-    common = {
-        "hidden_size": heads * _get(hub, "attention_head_dim"),
-        "num_heads": heads,
-        "num_dual_blocks": _get(hub, "num_layers"),
-        "context_dim": _get(hub, "joint_attention_dim"),
-        "pooled_dim": _get(hub, "pooled_projection_dim"),
+def _transformer_fields(part: "Part") -> Fields:
+    width, *patch = part["image_in.weight"]  # c * p * p (FLUX, whose p is 2) or c, p, p (SD3)
+    p = patch[-1] if len(patch) == 3 else 2
+    if (given := prod(patch)) != (returned := part["image_out.weight"][0]):
+        raise CheckpointError(f"the transformer reads {given} numbers a patch and returns {returned}, so it is one for "
+                              "more inputs (Fill, Canny, Depth): give FLUX.1-dev, -schnell or -Kontext-dev")
+    blocks = part.count("dual_blocks.{}.attention.image.qkv.weight")
+    query_norm = "dual_blocks.0.attention.image.norm_q.weight"
+    dual = [i for i in range(blocks) if part.shape(f"dual_blocks.{i}.image_attention.qkv.weight")]
+    found = {
+        "hidden_size": width, "latent_channels": given // p**2, "patch_size": p,
+        "context_dim": part["context_in.weight"][1], "pooled_dim": part["pooled_in.in_layer.weight"][1],
+        "num_dual_blocks": blocks, "num_single_blocks": part.count("single_blocks.{}.linear_in.weight"),
+        "guidance_embedding": part.shape("guidance_in.in_layer.weight") is not None,
+        "qk_norm": part.shape(query_norm) is not None, "dual_attention_blocks": tuple(dual),
+        "position": "table" if part.shape("position_table") is not None else "rope",
     }
-    channels = _get(hub, "in_channels")
-    match _class_of(hub):
-        case "FluxTransformer2DModel":
-            _expect(hub, patch_size=1, in_channels=4 * (channels // 4), out_channels=(None, channels))
-            return MMDiTConfig(
-                **common, num_single_blocks=_get(hub, "num_single_layers"), latent_channels=channels // 4,
-                guidance_embedding=_get(hub, "guidance_embeds", FLAG, False),
-                rope_axes=tuple(_get(hub, "axes_dims_rope", SIZES, (16, 56, 56))),
-            )
-        case "SD3Transformer2DModel":
-            _expect(hub, out_channels=(None, channels), caption_projection_dim=common["hidden_size"],
-                    qk_norm=(None, "rms_norm"))
-            return MMDiTConfig(
-                **common, position="table", position_table_size=_get(hub, "pos_embed_max_size"),
-                latent_channels=channels, patch_size=_get(hub, "patch_size"), qk_norm=hub.get("qk_norm") is not None,
-                dual_attention_blocks=tuple(_get(hub, "dual_attention_layers", SIZES, ())),
-            )
-    raise _unknown_class(hub, "FluxTransformer2DModel or SD3Transformer2DModel")
+    found |= {"position_table_size": isqrt(part["position_table"][1])} if found["position"] == "table" else {}
+    return found | ({"num_heads": width // part[query_norm][0]} if found["qk_norm"] else {})
 
 
-def autoencoder_from_hub(hub: Json) -> AutoencoderConfig:
-    """Follows diffusers' AutoencoderKL."""
-    if _class_of(hub) != "AutoencoderKL":
-        raise _unknown_class(hub, "AutoencoderKL")
-    _expect({"use_quant_conv": True, "use_post_quant_conv": True, "norm_num_groups": 32, **hub}, in_channels=3,
-            out_channels=3, act_fn=(None, "silu"), use_quant_conv=False, use_post_quant_conv=False,
-            mid_block_add_attention=(None, True))
-    return AutoencoderConfig(
-        channels=tuple(_get(hub, "block_out_channels", SIZES)), latent_channels=_get(hub, "latent_channels"),
-        blocks_per_level=_get(hub, "layers_per_block"), norm_groups=_get(hub, "norm_num_groups", SIZE, 32),
-        scaling=_get(hub, "scaling_factor", SCALE), shift=_get(hub, "shift_factor", SHIFT, None) or 0.0,
-    )
+def usual(part: "Part", found: Fields) -> Fields:
+    """The other values, as in the public checkpoints. Raises CheckpointError where there is no usual value."""
+    width = found.get("hidden_size")
+    if part.kind.config is AutoencoderConfig:
+        if part.layout.name.startswith("hub") or found["latent_channels"] != 16:
+            raise CheckpointError("the scaling and shift of these latents are not known without a config.json: "
+                                  "give config=AutoencoderConfig(...), or load it with the transformer it belongs to")
+        return LATENTS["sd3" if part.prefix.endswith("first_stage_model.") else "flux"]
+    if part.kind.config is ClipConfig:
+        return {"num_heads": max(width // 64, 1), "end_token": found["vocab_size"] - 1,
+                "activation": "quick_gelu" if width == 768 else "gelu"}
+    heads = max(found.get("num_heads", width // 64), 1)
+    if found.get("position") == "rope" and width // heads != 128:
+        raise CheckpointError(f"heads are {width // heads} wide, and the file does not say how rotary positions divide "
+                              "them (known only for 128: 16, 56, 56): give config=MMDiTConfig(..., rope_axes=...)")
+    inside = part.shape("dual_blocks.0.image.mlp.in_layer.weight")
+    return {"num_heads": heads, **({"mlp_ratio": inside[0] / width} if inside else {})}
 
 
-def clip_from_hub(hub: Json) -> ClipConfig:
-    """Follows transformers' CLIPTextModel and CLIPTextModelWithProjection.
+# ---- config.json
 
-    `eos_token_id` 2, a known error in most public files, means the highest id.
+
+class HubClass(NamedTuple):
+    """The config.json of one class of diffusers or transformers."""
+
+    config: type
+    entries: str  # our field or property, and the entry if that has another name
+    fixed: dict[str, tuple]  # entries with one meaning here: the values that are read, the first of which is written
+    written: Json = {}  # other entries that from_pretrained needs
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {pair.split("=")[0]: pair.split("=")[-1] for pair in self.entries.split()}
+
+
+_TRANSFORMER = """num_heads=num_attention_heads head_dim=attention_head_dim num_dual_blocks=num_layers
+                  context_dim=joint_attention_dim pooled_dim=pooled_projection_dim """
+_CLIP = HubClass(ClipConfig, """vocab_size hidden_size intermediate_size num_layers=num_hidden_layers
+                 num_heads=num_attention_heads max_positions=max_position_embeddings activation=hidden_act
+                 end_token=eos_token_id """,
+                 {"layer_norm_eps": (1e-5, None)}, {"model_type": "clip_text_model", "pad_token_id": 1})
+_T5 = HubClass(T5Config, """vocab_size hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_layers num_heads
+               relative_buckets=relative_attention_num_buckets relative_max_distance=relative_attention_max_distance""",
+               {"feed_forward_proj": ("gated-gelu",), "layer_norm_epsilon": (1e-6, None)},
+               {"model_type": "t5", "is_encoder_decoder": False, "eos_token_id": 1, "pad_token_id": 0})
+HUB_CLASSES = {
+    "FluxTransformer2DModel": HubClass(
+        MMDiTConfig, _TRANSFORMER + """patch_dim=in_channels num_single_blocks=num_single_layers
+        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope""", {"patch_size": (1,)}),
+    "SD3Transformer2DModel": HubClass(
+        MMDiTConfig, _TRANSFORMER + """latent_channels=in_channels patch_size hidden_size=caption_projection_dim
+        position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers""",
+        {"qk_norm": ("rms_norm", None)}, {"sample_size": 128}),
+    "AutoencoderKL": HubClass(
+        AutoencoderConfig, """channels=block_out_channels latent_channels blocks_per_level=layers_per_block
+        norm_groups=norm_num_groups scaling=scaling_factor shift=shift_factor""",
+        {"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu", None), "use_quant_conv": (False,),
+         "use_post_quant_conv": (False,), "mid_block_add_attention": (True, None)},
+        {"sample_size": 1024, "force_upcast": True}),
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP._replace(entries=_CLIP.entries + "projection_dim"),
+    "T5EncoderModel": _T5, "T5ForConditionalGeneration": _T5,
+}
+
+# What the tensors do not determine: the type, and what diffusers and transformers take where config.json says nothing.
+REST = {"num_heads": (int, None), "rope_axes": (list, [16, 56, 56]), "norm_groups": (int, 32), "scaling": (float, None),
+        "shift": (float, 0.0), "activation": (str, None), "end_token": (int, 2), "relative_max_distance": (int, 128)}
+
+
+def find_config(part: "Part", given: Config | None, family: str | None) -> Config:
+    """The given config, else that of a hub layout's config.json, else the usual one for these sizes.
+
+    `family` sets the scaling of latents without a config.json. Raises CheckpointError or ValueError for a config that
+    does not fit, makes no sense or is not supported; the caller adds the file's name.
     """
-    if _class_of(hub) not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise _unknown_class(hub, "CLIPTextModel or CLIPTextModelWithProjection")
-    _expect(hub, layer_norm_eps=(None, 1e-5))
-    vocab_size, end = _get(hub, "vocab_size"), _get(hub, "eos_token_id", SIZE, 2)
-    if end >= vocab_size and end != 2:
-        raise CheckpointError(f"config.json has eos_token_id {end}, expected one below vocab_size {vocab_size}: "
-                              "download it again")
-    return ClipConfig(
-        vocab_size=vocab_size, hidden_size=_get(hub, "hidden_size"), intermediate_size=_get(hub, "intermediate_size"),
-        num_layers=_get(hub, "num_hidden_layers"), num_heads=_get(hub, "num_attention_heads"),
-        activation=_get(hub, "hidden_act", TEXT), max_positions=_get(hub, "max_position_embeddings", SIZE, 77),
-        projection_dim=_get(hub, "projection_dim") if _class_of(hub) == "CLIPTextModelWithProjection" else None,
-        end_token=vocab_size - 1 if end == 2 else end,
-    )
-
-
-def t5_from_hub(hub: Json) -> T5Config:
-    """Follows transformers' T5EncoderModel, in version 1.1 (gated MLP)."""
-    if _class_of(hub) not in ("T5EncoderModel", "T5ForConditionalGeneration"):
-        raise _unknown_class(hub, "T5EncoderModel")
-    _expect(hub, feed_forward_proj="gated-gelu", layer_norm_epsilon=(None, 1e-6))
-    return T5Config(
-        vocab_size=_get(hub, "vocab_size"), hidden_size=_get(hub, "d_model"), head_dim=_get(hub, "d_kv"),
-        intermediate_size=_get(hub, "d_ff"), num_layers=_get(hub, "num_layers"), num_heads=_get(hub, "num_heads"),
-        relative_buckets=_get(hub, "relative_attention_num_buckets", SIZE, 32),
-        relative_max_distance=_get(hub, "relative_attention_max_distance", SIZE, 128),
-    )
-
-
-# Kinds of entries: a description for error messages, and a predicate.
-SIZE = ("a whole number from 1 to 2³¹", lambda value: type(value) is int and 1 <= value < 2**31)
-SIZES = ("a list of whole numbers",
-         lambda value: isinstance(value, list) and all(type(n) is int and 0 <= n < 2**31 for n in value))
-SCALE = ("a positive number", lambda value: type(value) in (int, float) and 1e-9 < value < 1e9)
-SHIFT = ("a number", lambda value: value is None or type(value) in (int, float) and -1e9 < value < 1e9)
-FLAG = ("true or false", lambda value: type(value) is bool)
-TEXT = ("a string", lambda value: isinstance(value, str))
-
-
-def _get(hub: Json, key: str, kind: tuple[str, Callable[[Any], bool]] = SIZE, *default: Any) -> Any:
-    """The entry, checked against its kind; the default, if one is given, where the entry is missing."""
-    if key not in hub:
-        if default:
-            return default[0]
-        raise CheckpointError(f"config.json has no entry {key}: download it again")
-    words, fits = kind
-    if not fits(hub[key]):
-        raise CheckpointError(f"config.json has {key} {hub[key]!r:.60}, expected {words}: download it again")
-    return hub[key]
-
-
-def _class_of(hub: Json) -> Any:
+    kind, hub = part.kind, part.config if part.layout in part.kind.layouts[1:] else None
+    if not isinstance(given, kind.config | None):
+        raise CheckpointError(f"config is a {type(given).__name__}, expected a {kind.config.__name__}")
+    if given is not None:
+        return given
+    found = fields(part)
+    if hub is None:
+        rest = LATENTS[family] if family and kind.config is AutoencoderConfig else usual(part, found)
+        return kind.config(**rest | found)
     architectures = hub.get("architectures")
-    return hub.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
-
-
-def _unknown_class(hub: Json, expected: str) -> CheckpointError:
-    return CheckpointError(f"config.json describes a {_class_of(hub)!s:.60}, expected {expected}: give another folder")
-
-
-def _expect(hub: Json, **wanted: Any) -> None:
-    """Check that each entry, if present, has the wanted value, or one of a tuple of values."""
-    for key, values in wanted.items():
-        values = values if isinstance(values, tuple) else (values,)
+    name = hub.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+    known = HUB_CLASSES.get(name) if isinstance(name, str) else None
+    if known is None or known.config is not kind.config:
+        names = " or ".join(name for name, other in HUB_CLASSES.items() if other.config is kind.config)
+        raise CheckpointError(f"config.json describes a {name!s:.60}, expected {names}: give another folder")
+    if name == "AutoencoderKL":  # what diffusers takes for missing entries
+        hub = {"use_quant_conv": True, "use_post_quant_conv": True, **hub}
+    for key, values in known.fixed.items():
         if key in hub and hub[key] not in values:
-            raise CheckpointError(
-                f"config.json has {key} {hub[key]!r:.60}, expected {' or '.join(map(repr, values))}: "
-                "models of this kind are not supported"
-            )
+            raise CheckpointError(f"config.json has {key} {hub[key]!r:.60}, expected {' or '.join(map(repr, values))}: "
+                                  "models of this kind are not supported")
+    stated = {our: hub.get(key) for our, key in known.names.items() if our in REST and our not in found}
+    rest = {our: REST[our][1] if value is None else value for our, value in stated.items()}
+    for our, value in rest.items():
+        types = {float: (float, int)}.get(REST[our][0], (REST[our][0],))
+        if type(value) not in types or int in types and not (-1e9 if our == "shift" else 1e-9) < value < 1e9:
+            raise CheckpointError(f"config.json has {known.names[our]} {value!r:.60}: download it again")
+    if kind.config is ClipConfig and rest["end_token"] == 2:  # a known error in most public files
+        rest["end_token"] = found["vocab_size"] - 1
+    return kind.config(**rest | found)
 
 
 def to_hub(config: Config) -> dict[str, Any]:
     """The config.json with which diffusers' or transformers' `from_pretrained` builds the same module."""
-    match config:
-        case MMDiTConfig(position="rope"):
-            return {
-                "_class_name": "FluxTransformer2DModel", "patch_size": 1, **_common_to_hub(config),
-                "in_channels": config.patch_dim, "num_single_layers": config.num_single_blocks,
-                "guidance_embeds": config.guidance_embedding, "axes_dims_rope": list(config.rope_axes),
-            }
-        case MMDiTConfig():
-            return {
-                "_class_name": "SD3Transformer2DModel", "patch_size": config.patch_size, **_common_to_hub(config),
-                "in_channels": config.latent_channels, "out_channels": config.latent_channels, "sample_size": 128,
-                "caption_projection_dim": config.hidden_size, "pos_embed_max_size": config.position_table_size,
-                "qk_norm": "rms_norm" if config.qk_norm else None,
-                "dual_attention_layers": list(config.dual_attention_blocks),
-            }
-        case AutoencoderConfig():
-            levels = len(config.channels)
-            return {
-                "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
-                "block_out_channels": list(config.channels), "layers_per_block": config.blocks_per_level,
-                "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-                "latent_channels": config.latent_channels, "norm_num_groups": config.norm_groups, "sample_size": 1024,
-                "scaling_factor": config.scaling, "shift_factor": config.shift, "use_quant_conv": False,
-                "use_post_quant_conv": False, "mid_block_add_attention": True, "force_upcast": True,
-            }
-        case ClipConfig():
-            projected = config.projection_dim is not None
-            return {
-                "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
-                "model_type": "clip_text_model", "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-                "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads, "hidden_act": config.activation, "layer_norm_eps": 1e-5,
-                "max_position_embeddings": config.max_positions, "eos_token_id": config.end_token,
-                "bos_token_id": config.end_token - 1, "pad_token_id": 1,
-                "projection_dim": config.projection_dim if projected else config.hidden_size,
-            }
-        case T5Config():
-            return {
-                "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": config.vocab_size,
-                "d_model": config.hidden_size, "d_kv": config.head_dim, "d_ff": config.intermediate_size,
-                "num_layers": config.num_layers, "num_heads": config.num_heads, "feed_forward_proj": "gated-gelu",
-                "relative_attention_num_buckets": config.relative_buckets, "layer_norm_epsilon": 1e-6,
-                "relative_attention_max_distance": config.relative_max_distance, "is_encoder_decoder": False,
-                "eos_token_id": 1, "pad_token_id": 0,
-            }
-
-
-def _common_to_hub(config: MMDiTConfig) -> dict[str, int]:
-    return {
-        "num_attention_heads": config.num_heads, "attention_head_dim": config.head_dim,
-        "num_layers": config.num_dual_blocks, "joint_attention_dim": config.context_dim,
-        "pooled_projection_dim": config.pooled_dim,
-    }
+    name = next(name for name, known in HUB_CLASSES.items() if isinstance(config, known.config)
+                and ("SD3" in name) == (getattr(config, "position", None) == "table")
+                and ("Projection" in name) == (getattr(config, "projection_dim", None) is not None))
+    known = HUB_CLASSES[name]
+    hub = {"_class_name": name} if known.config in (MMDiTConfig, AutoencoderConfig) else {"architectures": [name]}
+    values = {key: getattr(config, our) for our, key in known.names.items()}
+    hub |= {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    hub |= {key: values[0] for key, values in known.fixed.items()} | dict(known.written)
+    if name == "SD3Transformer2DModel":
+        hub |= {"out_channels": config.latent_channels, "qk_norm": "rms_norm" if config.qk_norm else None}
+    elif isinstance(config, AutoencoderConfig):
+        levels = len(config.channels)
+        hub |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    elif isinstance(config, ClipConfig):
+        hub |= {"bos_token_id": config.end_token - 1, "projection_dim": config.projection_dim or config.hidden_size}
+    return hub

@@ -1,35 +1,32 @@
-"""safetensors files: listing the tensors from the header alone, and reading one tensor at a time.
+"""Where a checkpoint is, and what its headers say: paths, names on the hub, shards, the entries of tensors.
 
-The format: the header's length in 8 bytes, the header in JSON, then the data, one tensor after the other. The header is
-parsed here rather than by the library, so that an error names the tensor. The data are read directly into the
-parameters rather than memory-mapped, so that a loaded model exists once in memory and no longer depends on its file.
+Files are opened by the safetensors library, which maps them: numbers are read when they are used. Names on the hub are
+found in the cache, or downloaded, by huggingface_hub.
 """
 
-import ctypes
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from .names import CheckpointError
+from .checkpoints import BUNDLED
+from .layouts import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # supported dtypes by safetensors' names
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4,
-         "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
-LONGEST_HEADER = 100_000_000  # the library's limit
-PIECE = 1 << 22  # numbers per read, where they are converted after reading
+SUFFIXES = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+STEMS = ("diffusion_pytorch_model", "model")  # how the hub names weight files: diffusers', transformers'
+PICKLE = "a pickle, which can run any code when opened: use the .safetensors release"
 OTHER_FORMATS = {  # first bytes of other formats that are often found under the name .safetensors
-    b"PK\x03\x04": "a pickle of PyTorch, which can run any code when opened: use the .safetensors release",
-    b"\x80\x02": "a pickle, which can run any code when opened: use the .safetensors release",
+    b"PK\x03\x04": PICKLE, b"\x80\x02": PICKLE,
     b"GGUF": "a GGUF file, whose quantized weights are not supported: use the .safetensors release",
     b"version ": "a Git LFS pointer, not the file it points to: download it, for example with `hf download`",
     b"<": "a web page, not a checkpoint: the download needs the license accepted and a token (`hf auth login`)",
@@ -37,119 +34,88 @@ OTHER_FORMATS = {  # first bytes of other formats that are often found under the
 }
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor in a file: the file, its full name there, its dtype (safetensors' name), shape and position."""
+class TensorEntry(NamedTuple):
+    """One tensor in a file: the file, its full name there, its dtype (safetensors' name) and shape."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int = 0  # offset of its first byte in the file
     scale: "TensorEntry | None" = None  # for float8: the factor, or one factor per row, of the numbers
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * BYTES[self.dtype]
+        return prod(self.shape) * _bits(self.dtype) // 8
+
+
+def _bits(dtype: str) -> int:
+    return int(re.search(r"\d+|$", dtype)[0] or 8)  # BOOL: 8
+
+
+# ---- headers
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The entry of every tensor. Raises FileNotFoundError, or CheckpointError for a truncated or invalid file."""
-    if file.suffix in PICKLES:
-        raise CheckpointError(
-            f"{file} is a pickle, which can run any code when opened: use the .safetensors release or convert it"
-        )
+    """The entry of every tensor. Raises FileNotFoundError, or CheckpointError that says what is wrong with the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist or is no file: download it again")
-    with file.open("rb") as opened:
-        header, start = _header_json(opened, file)
-        size = os.fstat(opened.fileno()).st_size
-    notes = header.pop("__metadata__", None)
-    if notes is not None and not (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values())):
-        raise _damaged(file, "the header's __metadata__ does not map names to strings")
-    entries = {name: _entry(file, name, about, start) for name, about in header.items()}
-    end = start
-    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.nbytes)):
-        if entry.start != end:
-            kind = "overlaps the tensor before it" if entry.start < end else "leaves a gap before it"
-            raise _damaged(file, f"tensor {entry.name} {kind}: it starts at byte {entry.start:,}, expected {end:,}")
-        end += entry.nbytes
-        if end > size:
-            raise _damaged(file, f"tensor {entry.name} ends at byte {end:,}, the file at {size:,}")
-    if end != size:
-        raise _damaged(file, f"{size - end:,} bytes belong to no tensor")
-    return entries
-
-
-def _header_json(opened: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
-    """The header, and the offset of the first tensor's data."""
-    size = os.fstat(opened.fileno()).st_size
-    first = opened.read(8)
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > LONGEST_HEADER:
-        for magic, what in OTHER_FORMATS.items():
-            if first.startswith(magic):
-                raise CheckpointError(f"{file} is {what}")
-    if len(first) < 8:
-        raise _damaged(file, f"it has {size} bytes, fewer than the length of a header")
-    if length > min(size - 8, LONGEST_HEADER):
-        raise _damaged(file, f"its header would be {length:,} bytes long, the file has {size:,}")
+    if file.suffix in PICKLES:
+        raise CheckpointError(f"{file} is {PICKLE}")
     try:
-        return parse_object(opened.read(length)), 8 + length
-    except ValueError as error:
-        raise _damaged(file, f"its header is no JSON object: {error}") from error
+        with safe_open(file, "pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: TensorEntry(file, name, tensor.get_dtype(), tuple(tensor.get_shape()))
+                    for name, tensor in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is {_what_else(file) or f'damaged ({error}): download it again'}") from error
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object, as strictly as the safetensors library. Raises ValueError for anything else."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} occurs in it twice")
-        return dict(pairs)
-
-    def no_number(word: str) -> None:  # Python's own NaN and Infinity
-        raise ValueError(f"{word} is no number")
-
-    def whole(digits: str) -> int | float:
-        return float(digits) if digits == "-0" else int(digits)
-
+def _what_else(file: Path) -> str | None:
+    """What a file that safetensors refuses is: another format, or in which tensor it is cut short or damaged."""
+    content, size = file.open("rb"), file.stat().st_size
+    with content:
+        first = content.read(8)
+        length = int.from_bytes(first, "little")
+        if length > 100_000_000:  # the library's limit
+            return next((what for magic, what in OTHER_FORMATS.items() if first.startswith(magic)), None)
+        if 8 + length > size:
+            return f"an interrupted download: it has {size:,} bytes, fewer than its header: download it again"
+        head = content.read(length)
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_number,
-                           parse_int=whole)
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # fails for half of a surrogate pair
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"it is a {type(found).__name__}")
-    return found
+        header = {name: about for name, about in json.loads(head).items() if name != "__metadata__"}
+        whole = 8 + length + max(about["data_offsets"][1] for about in header.values())
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = about["data_offsets"]
+            if end - start != prod(about["shape"]) * _bits(about["dtype"]) // 8:
+                return f"damaged: tensor {name} has {end - start:,} bytes, not those of its shape: download it again"
+            if 8 + length + end > size:
+                return (f"an interrupted download: {size:,} of {whole:,} bytes are there, tensor {name} is the first "
+                        "that is cut: download it again")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
-def _entry(file: Path, name: str, about: Any, start: int) -> TensorEntry:
-    about = about if isinstance(about, dict) else {}
-    dtype, shape, offsets = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-        raise _damaged(file, f"the header's entry for tensor {name} is not one of dtype, shape and data_offsets")
-    if dtype not in BYTES:
-        raise CheckpointError(f"{file}: tensor {name} is stored as {dtype}, expected one of {', '.join(DTYPES)}: "
-                              "use another release of the model")
-    entry = TensorEntry(file, name, dtype, tuple(shape), start + offsets[0])
-    if offsets[1] - offsets[0] != entry.nbytes:
-        raise _damaged(file, f"tensor {name} has {offsets[1] - offsets[0]:,} bytes, but shape {entry.shape} of {dtype} "
-                       f"needs {entry.nbytes:,}")
-    return entry
+def list_tensors(weights: Path) -> dict[str, TensorEntry]:
+    """The entries of one file, or of all shards that an index lists, each scale in the entry of its matrix."""
+    if weights.suffix != ".json":
+        return _attach_scales(read_header(weights))
+    weight_map, entries = read_json(weights).get("weight_map"), {}
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f'{weights} has no "weight_map" from tensor names to files: download it again')
+    for shard in sorted(set(weight_map.values())):
+        if not re.fullmatch(r"[^/\\\0]+\.(safetensors|sft)", shard):
+            raise CheckpointError(f"{weights} points to {shard!r}, no weights in its own folder: do not trust it")
+        if not os.path.isfile(weights.parent / shard):  # False for names that are too long, too
+            raise FileNotFoundError(f"{weights.parent / shard} is missing, which {weights.name} names: an interrupted "
+                                    "download, run it again")
+        entries |= read_header(weights.parent / shard)
+    for name in entries.keys() | weight_map.keys():
+        if name not in entries or entries[name].file.name != weight_map.get(name):
+            raise CheckpointError(f"{weights} and its shards disagree on tensor {name}: download them again")
+    return _attach_scales(entries)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _damaged(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{file} is truncated or no safetensors file ({reason}): download it again")
-
-
-def attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Move the scale stored beside a float8 matrix into the matrix's entry.
 
     ComfyUI's files hold `X.scale_weight` (with a marker `scaled_fp8`) or `X.weight_scale` beside `X.weight`. Their
@@ -157,84 +123,86 @@ def attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """
     found = {name: entry for name, entry in entries.items()
              if not name.endswith(("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant"))}
-    for name in list(found):
-        stem = name.removesuffix(".scale_weight").removesuffix(".weight_scale")
-        weight = found.get(stem + ".weight")
-        if stem != name and weight is not None and weight.dtype in FLOAT8:
-            scale = found.pop(name)
-            rows = weight.shape[:1]
-            if scale.dtype not in DTYPES or scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
+    for name in [name for name in found if name.endswith((".scale_weight", ".weight_scale"))]:
+        scale, weight = found[name], found.get(name.rpartition(".")[0] + ".weight")
+        if weight is not None and weight.dtype in FLOAT8:
+            if weight.scale or scale.dtype not in DTYPES or prod(scale.shape) not in (1, *weight.shape[:1]):
                 raise CheckpointError(f"{scale.file}: tensor {name} is {scale.dtype} of shape {scale.shape}, expected "
                                       f"one scale for {weight.name}, or one for each of its rows: use another release")
-            if weight.scale:
-                raise CheckpointError(f"{scale.file}: {weight.name} has two scales, {weight.scale.name} and {name}: "
-                                      "use another release")
-            found[weight.name] = replace(weight, scale=scale)
+            found[weight.name] = weight._replace(scale=found.pop(name))
     return found
 
 
-def stored_pieces(entry: TensorEntry, count: int) -> Iterator[Tensor]:
-    """The stored numbers on the CPU, flat and in order, at most `count` at a time; each piece overwrites the last.
+def find_weights(folder: Path) -> Path | None:
+    """The weights in a folder under the hub's names, one file or an index of shards, plain names before variants such
+    as fp16; None where there are none."""
+    endings = (".safetensors", ".safetensors.index.json", ".safetensors.index*.json", "*.safetensors", "*.bin")
+    found = (file for end in endings for stem in STEMS for file in sorted(folder.glob(stem + end)) if file.exists())
+    return next(found, None)
 
-    Raises CheckpointError for a file that has become shorter since its header was read.
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object, None where the file is missing. Raises CheckpointError for anything else."""
+    if not file.exists():
+        return None
+    try:
+        return {**json.loads(file.read_bytes())}  # a TypeError for what is no object
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON object ({error}): download it again") from error
+
+
+# ---- the hub
+
+
+def resolve(path: str | os.PathLike, component: str | None = None, download: bool = True) -> Path:
+    """The file or folder that a path, a bundled checkpoint's name or a repository's name stands for.
+
+    A name `org/name` that is not a path is looked up in huggingface_hub's cache; what the cache lacks of the pipeline,
+    or of its folder `component`, is downloaded. With `download` False a cached snapshot is returned even if it is not
+    whole. A cache's folder `models--org--name` stands for its snapshot. Raises FileNotFoundError if there is nothing.
     """
-    total = prod(entry.shape)
-    room = torch.empty(min(count, total), dtype=_dtype_of(entry))
-    with entry.file.open("rb", buffering=0) as opened:
-        opened.seek(entry.start)
-        for start in range(0, total, count):
-            piece = room[: total - start]
-            _read_bytes(opened, piece)
-            yield piece
+    text, path = str(path), Path(path)
+    if path.is_dir() and (main := path / "refs" / "main").is_file():
+        path = path / "snapshots" / main.read_text().strip()
+    if text in BUNDLED or path.exists():
+        return BUNDLED.get(text, path)
+    if path.suffix in (*SUFFIXES, *PICKLES, ".gguf", ".json") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
+        raise FileNotFoundError(f"{text} does not exist: give a .safetensors file, a folder with one, one of "
+                                f"{', '.join(BUNDLED)}, or a name on the hub such as black-forest-labs/FLUX.1-dev")
+    from huggingface_hub import snapshot_download  # here, since it takes longer than everything above
+
+    read = ["model_index.json", *(f"{component or '*'}/*.{end}" for end in ("json", "txt", "model", "safetensors"))]
+    lacks = "every file"
+    for online in (False, True)[: 1 + download]:
+        try:  # the files of a pipeline's folders that are read: not the original files there, nor float16 variants
+            snapshot = Path(snapshot_download(text, local_files_only=not online, allow_patterns=read,
+                                              ignore_patterns=["text_encoders/*", "*.fp16*"]))
+            lacks = lacking(snapshot, component)
+            if lacks is None or not download:
+                return snapshot
+        except Exception as error:  # raised by several packages, without a common class
+            if online or not download:
+                raise FileNotFoundError(f"{text}: the cache lacks {lacks}, and it could not be downloaded "
+                                        f"({shorten(str(error), 200)}): check name and network, accept the license on "
+                                        f"its page, run `hf auth login`, then `hf download {text}`") from error
+    raise FileNotFoundError(f"{text} has no {lacks}, so it is not in the hub's folder layout: run `hf download {text} "
+                            "FILE` for one of its files, then give its path")
 
 
-def read_into(target: Tensor, entry: TensorEntry) -> None:
-    """Fill `target`, contiguous and of any dtype and device, with the stored numbers, multiplied by their scale.
-
-    Numbers that need no conversion are read directly into its memory.
-    """
-    flat = target.view(-1)
-    if entry.scale is None and target.dtype == _dtype_of(entry) and target.device.type == "cpu":
-        with entry.file.open("rb", buffering=0) as opened:
-            opened.seek(entry.start)
-            _read_bytes(opened, flat)
-        return
-    row = max(1, prod(entry.shape[1:]))
-    scale = None if entry.scale is None else read_scale(entry)
-    start = 0
-    for piece in stored_pieces(entry, max(1, PIECE // row) * row):
-        if scale is not None:
-            rows = scale[start // row : (start + len(piece)) // row]
-            piece = (piece.float().view(-1, row) * rows).view(-1)
-        flat[start : start + len(piece)] = piece
-        start += len(piece)
-
-
-def read_scale(entry: TensorEntry) -> Tensor:
-    """A float8 tensor's scale in float32, one for each of its rows: (rows, 1)."""
-    rows = entry.shape[0] if entry.shape else 1
-    return read_tensor(entry.scale, torch.float32).reshape(-1, 1).expand(rows, 1)
-
-
-def read_tensor(entry: TensorEntry, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy on the CPU, in the stored dtype where `dtype` is None."""
-    target = torch.empty(entry.shape, dtype=dtype or _dtype_of(entry))
-    read_into(target, entry)
-    return target
-
-
-def _dtype_of(entry: TensorEntry) -> torch.dtype:
-    if entry.dtype not in DTYPES:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name} is stored as {entry.dtype}, expected one of "
-                              f"{', '.join(DTYPES)}: use another release of the model")
-    return DTYPES[entry.dtype]
-
-
-def _read_bytes(opened: BinaryIO, flat: Tensor) -> None:
-    """Read the file's next bytes into `flat`, which is contiguous and on the CPU."""
-    room = memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B") if flat.nbytes else b""
-    while room:
-        got = opened.readinto(room)
-        if not got:
-            raise CheckpointError(f"{opened.name} has become shorter since it was opened: load it again")
-        room = room[got:]
+def lacking(folder: Path, component: str | None = None) -> str | None:
+    """The first part of a hub folder that is not there or not whole, though model_index.json or an index of shards
+    names it: a download was interrupted. None: nothing is missing. With `component`, of that folder alone."""
+    index = read_json(folder / "model_index.json") or {}
+    if component and not (folder / component).is_dir() and any(folder.glob("*.safetensors")):
+        return None  # a repository of original files
+    listed = [name for name, about in index.items() if isinstance(about, list) and all(about)]
+    for name in [component] if component else listed:
+        here = {file.name for file in (folder / name).glob("*") if file.exists()}  # a link may lead nowhere
+        texts = [(folder / name / file).read_text(encoding="utf-8") for file in here if file.endswith(".index.json")]
+        shards = {shard for text in texts for shard in re.findall(r'"([^"]+\.safetensors)"', text)}
+        if shards - here:
+            return f"{name}/{min(shards - here)}"
+        network = name.startswith(("transformer", "vae", "text_encoder"))
+        if not here or network and not any(file.endswith(SUFFIXES) for file in here):
+            return f"{name}/"
+    return None if listed or component else "model_index.json"

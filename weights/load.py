@@ -1,141 +1,165 @@
-"""Load checkpoints into modules: recognize the layout, find the config, check every tensor, read. And save modules."""
+"""Fill modules with stored numbers: tensors stay views of the mapped file where nothing about them has to change."""
 
-import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from mmdit import (
-    Autoencoder,
-    AutoencoderConfig,
-    ClipConfig,
-    ClipTextEncoder,
-    MMDiT,
-    MMDiTConfig,
-    T5Config,
-    T5Encoder,
-)
-from mmdit.float8 import Float8Linear
+from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
+from mmdit.float8 import keep_in_float8
+from mmdit.meta import on_meta
 
-from . import configs, shapes
-from .kinds import AUTOENCODER, CLIP_TEXT, FLUX, SD3, T5_TEXT, Kind
-from .names import CheckpointError
-from .stored import Role, Stored, find_stored
-from .writing import write_file, write_folder
+from . import configs
+from .detect import ENCODERS, Part, PathLike, find_parts
+from .files import DTYPES, FLOAT8, TensorEntry
+from .layouts import CheckpointError
 
-PathLike = str | os.PathLike
+BLOCKS = r"(dual_blocks|single_blocks|layers)\."  # the modules whose float8 weights may stay in float8
 
 
 def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
                      device: str | torch.device = "cpu", keep_float8: bool = False) -> MMDiT:
     """An MMDiT from an original or merged file of FLUX.1 or SD3, from a `transformer/` folder, from the folder around
-    it, or from a name on the hub (`hub.resolve`).
+    it, or from a name on the hub (`resolve`).
 
-    Without `config` the sizes come from config.json or, for an original file, from its names and shapes; 64-wide
-    heads are assumed where no q/k norm shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads.
-    A config must agree with the tensors. Parameters are read one by one, directly into `dtype` on `device`; `dtype`
-    None keeps the stored dtype. `keep_float8` keeps float8 weights of the blocks in float8 and converts each layer's
-    when it runs (always so with `dtype` None). The other modules of a merged file are ignored.
-    Raises CheckpointError (a ValueError) for a file that does not fit, FileNotFoundError for a missing one.
+    Without `config` the sizes come from names and shapes and, for hub weights, config.json; 64-wide heads are assumed
+    where neither shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads. A config must agree with
+    the tensors. `dtype` None keeps the stored dtype. On the CPU, tensors that are stored as they are used here stay
+    views of the mapped file, in memory of the system's cache, and cost none of the process. `keep_float8` keeps float8
+    weights of the blocks in float8 and converts each layer's when it runs (always so with `dtype` None). The other
+    networks of a merged file are ignored. Raises CheckpointError (a ValueError) for a file that does not fit,
+    FileNotFoundError for a missing one.
     """
-    return open_transformer(path, config).load(dtype, device, keep_float8)
+    return _open(path, ["transformer"], "transformer", config).load(dtype, device, keep_float8)
 
 
 def load_autoencoder(path: PathLike, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None,
-                     device: str | torch.device = "cpu") -> Autoencoder:
+                     device: str | torch.device = "cpu", family: Literal["flux", "sd3"] | None = None) -> Autoencoder:
     """An autoencoder from FLUX.1's ae.safetensors, an original SD3 file, a merged file, a `vae/` folder, or the folder
     around it.
 
-    An original file does not hold the latents' scaling and shift: without `config` they are SD3's where it has SD3's
-    prefix `first_stage_model.`, FLUX.1's otherwise, and norms have 32 groups. The rest is as in `load_transformer`.
+    A file without config.json does not hold the latents' scaling and shift: without `config` they are those of the
+    `family`, else SD3's where an original file has SD3's prefix `first_stage_model.`, FLUX.1's where it has not, and
+    norms have 32 groups. The rest is as in `load_transformer`.
     """
-    return open_autoencoder(path, config).load(dtype, device)
+    return _open(path, ["autoencoder"], "vae", config, family).load(dtype, device)
 
 
 def load_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, dtype: torch.dtype | None = None,
                       device: str | torch.device = "cpu", keep_float8: bool = False,
-                      which: Role | None = None) -> ClipTextEncoder | T5Encoder:
+                      which: Literal["clip_l", "clip_g", "t5"] | None = None) -> ClipTextEncoder | T5Encoder:
     """A CLIP or T5 text encoder, told apart by tensor names, from a file or a `text_encoder*/` folder.
 
     `which` chooses in a merged file that holds several. An original CLIP file does not hold everything: without
     `config` heads are 64 wide, the activation is quick_gelu at width 768 (CLIP-L) and gelu otherwise (CLIP-G), the
-    end token is the vocabulary's last. A config with `projection_dim` for a file without projection (SD3's original
-    clip_l) makes it the identity. The rest is as in `load_transformer`.
+    end token is the vocabulary's last. The rest is as in `load_transformer`.
     """
-    return open_text_encoder(path, config, which).load(dtype, device, keep_float8)
+    return _open(path, [which] if which else ENCODERS, None, config).load(dtype, device, keep_float8)
 
 
-def open_transformer(path: PathLike, config: MMDiTConfig | None = None) -> Stored:
-    """The transformer as its headers describe it: `.config`, and `.load(dtype, device, keep_float8)`."""
-    return find_stored((FLUX, SD3), path, "transformer", config=config)
+def _open(path: PathLike, roles: Sequence[str], component: str | None, *config: object) -> "Stored":
+    part, *others = find_parts(path, roles, component)
+    if others:
+        names = ", ".join(f"{part.role} ({part.path.name}: {part.prefix}*)" for part in (part, *others))
+        raise CheckpointError(f"{path} holds several of these, {names}: say which={others[-1].role!r}, for example")
+    return open_part(part, *config)
 
 
-def open_autoencoder(path: PathLike, config: AutoencoderConfig | None = None,
-                     family: Literal["flux", "sd3"] | None = None) -> Stored:
-    """The autoencoder as its headers describe it; `family` sets scaling and shift for a file without config."""
-    return find_stored((AUTOENCODER,), path, "vae", config=config, family=family)
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One network whose names, shapes and dtypes are all as its config wants them. Each call of `load` reads it."""
+
+    part: Part
+    config: configs.Config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in that is stored: the widest, with float8 counted as bfloat16."""
+        return _joint_dtype(self.part.entries.values())
+
+    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+             keep_float8: bool = False) -> nn.Module:
+        """The module in `dtype` (None: as stored) on `device`; see `load_transformer`. Raises CheckpointError for a
+        dtype that is not for computation, such as float8."""
+        if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
+            raise CheckpointError(f"dtype must be one to compute in, not {dtype}: keep_float8 keeps float8 weights")
+        if unused := self.part.unused:
+            warnings.warn(f"{self.part.path}: {len(unused)} tensors of no network passed over, first {unused[0]}",
+                          stacklevel=3)
+        model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
+        state, opened = {}, cache(partial(safe_open, framework="pt"))
+        for name in model.state_dict():
+            theirs, transform = self.part.layout.find(name, sizes)
+            parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
+            layer, target = model.get_submodule(owner), dtype or _joint_dtype(parts)
+            float8 = {part.dtype for part in parts} == {parts[0].dtype} <= {*FLOAT8} and isinstance(layer, nn.Linear)
+            # layers outside of blocks are widened: they are small, and the model computes in their dtype
+            if float8 and (keep_float8 or dtype is None) and ending == "weight" and re.match(BLOCKS, name):
+                target = DTYPES[parts[0].dtype]
+                if scaled := any(part.scale for part in parts):
+                    state[f"{owner}.scale"] = torch.cat([_scale(part, opened) for part in parts]).to(device)
+                model.set_submodule(owner, keep_in_float8(layer, target, scaled))
+                parts = [part._replace(scale=None) for part in parts]
+            tensors = [_read(part, target, opened) for part in parts]
+            tensor = transform.read(torch.cat(tensors) if len(tensors) > 1 else tensors[0], sizes.patch)
+            state[name] = tensor.to(device).contiguous()
+        model.load_state_dict(state, assign=True)
+        return model
 
 
-def open_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, which: Role | None = None) -> Stored:
-    """The text encoder as its headers describe it."""
-    if which not in (None, "clip_l", "clip_g", "t5"):
-        raise CheckpointError(f"which must be clip_l, clip_g or t5, got {which!r}")
-    return find_stored((CLIP_TEXT, T5_TEXT), path, which=which, config=config)
+def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open]) -> Tensor:
+    """A tensor as it is stored, without its scale: a view of the mapped file."""
+    tensor = opened(entry.file).get_tensor(entry.name)
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
 
 
-def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "hub"] = "original",
-                     max_shard_bytes: int | None = None) -> None:
-    """Store an MMDiT as one file under its family's original names, or as a hub `transformer/` folder.
+def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable[[Path], safe_open]) -> Tensor:
+    """A stored tensor times its scale, in `dtype`."""
+    tensor = read_stored(entry, opened)
+    rows = _scale(entry, opened).view(-1, *[1] * max(0, tensor.ndim - 1)) if entry.scale else None
+    return (tensor if rows is None else tensor.float() * rows).to(dtype)
 
-    "original": `path` ends in .safetensors; SD3's names carry their prefix. "hub": `path` is a folder that
-    diffusers' `from_pretrained` reads; more than `max_shard_bytes` are split into shards. A checkpoint that is at
-    `path` is replaced once everything is written. Raises CheckpointError (a ValueError) for a model that the
-    layout cannot express, or a path that holds anything but a checkpoint.
+
+def _scale(entry: TensorEntry, opened: Callable[[Path], safe_open]) -> Tensor:
+    """The scale of each row of a matrix: (rows, 1) float32."""
+    scale = read_stored(entry.scale, opened).float() if entry.scale else torch.ones(())
+    return scale.reshape(-1, 1).expand(*entry.shape[:1] or (1,), 1)
+
+
+def _joint_dtype(parts: Iterable[TensorEntry]) -> torch.dtype:
+    """The dtype that the parts' dtypes promote to, with float8 counted as bfloat16."""
+    dtypes = (torch.bfloat16 if part.dtype in FLOAT8 else DTYPES[part.dtype] for part in parts)
+    return reduce(torch.promote_types, dtypes)
+
+
+def open_part(part: Part, config: configs.Config | None = None, family: str | None = None) -> Stored:
+    """A network with its config; every name, shape and dtype is checked before a number is read.
+
+    The config is the given one, else it follows from the tensors and, for hub weights, config.json; `family` sets
+    scaling and shift of an autoencoder without config.json. Raises CheckpointError naming the file and the tensor.
     """
-    kind = FLUX if model.config.position == "rope" else SD3
-    _save(kind, model, path, layout, max_shard_bytes, prefix=kind.original.prefix)
-
-
-def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["original", "hub"] = "original",
-                     max_shard_bytes: int | None = None) -> None:
-    """Store an autoencoder as one file or as a hub `vae/` folder; see `save_transformer`.
-
-    "original": with SD3's prefix if its latents have SD3's scaling and shift, otherwise without a prefix, as FLUX.1's.
-    The file does not store scaling and shift: if they are neither family's, load it with a config.
-    """
-    latents = {"shift": model.config.shift, "scaling": model.config.scaling}
-    prefix = AUTOENCODER.original.prefix if latents == shapes.LATENTS["sd3"] else ""
-    _save(AUTOENCODER, model, path, layout, max_shard_bytes, prefix)
-
-
-def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
-                      layout: Literal["original", "hub"] = "original", max_shard_bytes: int | None = None) -> None:
-    """Store a text encoder as one file or as a hub `text_encoder/` folder; see `save_transformer`."""
-    _save(T5_TEXT if isinstance(model, T5Encoder) else CLIP_TEXT, model, path, layout, max_shard_bytes)
-
-
-def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None,
-          prefix: str = "") -> None:
-    if layout not in ("original", "hub"):
-        raise CheckpointError(f'layout must be "original" or "hub", got {layout!r}')
-    if layout == "original" and max_shard_bytes is not None:
-        raise CheckpointError('max_shard_bytes is for layout "hub": an original file is never split')
-    names = kind.hub if layout == "hub" else kind.original
-    for key, value in names.needs.items():
-        if getattr(model.config, key) != value:
-            raise CheckpointError(f"the {names.name} layout requires {key} {value!r}, this model has "
-                                  f"{getattr(model.config, key)!r}: it cannot be stored in it")
-    for name, module in model.named_modules():
-        if isinstance(module, Float8Linear) and module.scale is not None:
-            raise CheckpointError(f"{name} is float8 with a scale, which is not written: save the model that "
-                                  "dtype=torch.bfloat16 without keep_float8 loads")
-    parts = names.split(model.state_dict(), configs.sizes_of(model.config))
-    if layout == "hub":
-        tensors = {theirs: part for _, theirs, part in parts}
-        write_folder(Path(path), tensors, configs.to_hub(model.config), kind.stem, max_shard_bytes)
-    else:
-        tensors = {prefix + theirs: part for _, theirs, part in parts}
-        tensors |= {copy: tensors[name] for copy, name in names.copies.items()}
-        write_file(Path(path), tensors)
+    try:
+        stored = Stored(part, configs.find_config(part, config, family))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    parts = part.layout.split(on_meta(part.kind.module, stored.config).state_dict(), configs.sizes_of(stored.config))
+    wanted, entries = {theirs: tuple(tensor.shape) for _, theirs, tensor in parts}, part.entries
+    where = f"{part.path} ({part.layout.name} layout)"
+    if missing := [name for name in wanted if name not in entries]:
+        raise CheckpointError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, first {part.prefix}{missing[0]} "
+                              f"of shape {wanted[missing[0]]}: is it one of several shards, or cut short?")
+    for name, entry in entries.items():
+        if name not in wanted:
+            raise CheckpointError(f"{where} has {len(entries) - len(wanted)} tensors the model has no place for, first "
+                                  f"{entry.name}: is it a variant of the model (LoRA, quantized, more inputs)?")
+        if entry.shape != wanted[name] or entry.dtype not in DTYPES:
+            raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {entry.shape}, expected"
+                                  f" {wanted[name]} of {', '.join(DTYPES)}: give the config or file that belongs to it")
+    return stored

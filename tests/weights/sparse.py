@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "manifests.json.gz").read_bytes()))
-BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I64": 8}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "I64": 8}
 
 
 def shapes_of(manifest, prefix=""):
@@ -24,6 +24,7 @@ def sparse_file(path, tensors, dtype="BF16"):
         header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # as the library writes it, so that all numbers are aligned
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(len(head).to_bytes(8, "little") + head)
     os.truncate(path, 8 + len(head) + offset)

@@ -1,0 +1,97 @@
+"""The public checkpoints, a row each: sizes, names on hub and disk, sampling settings; and the bundled ones.
+
+Steps, guidance and schedule are those of the model cards; repulsion has the paper's settings (arXiv:2603.28762) for the
+models that it reports on.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from mmdit import PRESETS, MMDiTConfig
+from repulsion import Repulsion
+
+BUNDLED = {name: Path(__file__).parent / "checkpoints" / name for name in ("tiny-sd3", "tiny-flux", "tiny-turbo")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is sampled where a call does not say. Sizes in pixels."""
+
+    steps: int
+    guidance: float | None = None  # classifier-free, or of FLUX.1's guidance embedding; None: neither
+    height: int = 1024
+    width: int = 1024
+    shift: float | None = None  # of the schedule, without a scheduler_config.json; None: by picture size
+    prompt_tokens: int | None = None  # of T5; None: as many as the family reads
+    repulsion: Repulsion | None = None
+    world: str | None = None  # "tiny": pictures that `tiny.reader` can read
+
+
+class Public(NamedTuple):
+    """A public checkpoint: sizes, repository on the hub, original file, what its names match, sampling settings."""
+
+    config: MMDiTConfig
+    hub: str
+    file: str
+    called: str  # pattern, in lower case
+    settings: Settings
+
+
+_FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
+_LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
+_SD3 = Settings(28, 4.5, shift=3.0)
+
+PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
+    # of several with one transformer's sizes, the first whose names match counts; the last where none does
+    "flux1-kontext-dev": ("black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors", r"kontext",
+                          Settings(28, 2.5, repulsion=_FLUX)),
+    "flux1-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", r"flux[^a-z]*dev(?![a-z])",
+                  Settings(28, 3.5, repulsion=_FLUX)),
+    # trained on without the guidance embedding, for classifier-free guidance: a transformer like schnell's
+    "flux1-dev-de-distill": ("nyanko7/flux-dev-de-distill", "consolidated_s6700.safetensors",
+                             r"de-?distill|(?<![a-z])dev(?![a-z])", Settings(28, 3.5)),
+    "flux1-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", r"schnell",
+                      Settings(4, shift=1.0, prompt_tokens=256)),
+    "sd3-medium": ("stabilityai/stable-diffusion-3-medium-diffusers", "sd3_medium.safetensors", r"3[^a-z5]*medium",
+                   replace(_SD3, guidance=7.0)),
+    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors", r"3[._]?5[^a-z]*medium",
+                     replace(_SD3, steps=40)),
+    "sd3.5-large-turbo": ("stabilityai/stable-diffusion-3.5-large-turbo", "sd3.5_large_turbo.safetensors", r"turbo",
+                          Settings(4, shift=3.0, repulsion=replace(_LARGE, steps=1))),
+    "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors",
+                    r"3[._]?5[^a-z]*large(?![a-z])", replace(_SD3, repulsion=_LARGE)),
+}.items()}
+
+
+# The parts of each family's pipelines, by role: the hub's folder, or the public file that has it.
+FAMILIES = {
+    "flux": {"transformer": "transformer/, or such as flux1-dev.safetensors", "autoencoder": "vae/ or ae.safetensors",
+             "clip_l": "text_encoder/ or clip_l.safetensors", "t5": "text_encoder_2/ or t5xxl_fp16.safetensors",
+             "tokenizer of clip_l": "tokenizer/", "tokenizer of t5": "tokenizer_2/"},
+    "sd3": {"transformer": "transformer/ or sd3.5_medium.safetensors, for example",
+            "autoencoder": "vae/ or sd3.5_medium.safetensors, for example",
+            "clip_l": "text_encoder/ or clip_l.safetensors", "clip_g": "text_encoder_2/ or clip_g.safetensors",
+            "t5": "text_encoder_3/ or t5xxl_fp16.safetensors", "tokenizer of clip_l": "tokenizer/",
+            "tokenizer of clip_g": "tokenizer_2/", "tokenizer of t5": "tokenizer_3/"},
+}
+OPTIONAL = {"flux": (), "sd3": ("t5", "tokenizer of t5")}
+
+
+def told_by_name(candidates: Collection[str], path: Path) -> str | None:
+    """Which of these public checkpoints the names of a file or folder suggest; None: none of them.
+
+    Its own name counts, then that of the folder around it, or of the repository where it lies in the hub's cache,
+    models--org--name/snapshots/<hash>/transformer/…; then the same of what a link leads to.
+    """
+    for place in (path.absolute(), path.resolve()):
+        parts = [part for part in place.parts if part != "transformer"]
+        if "snapshots" in parts:
+            del parts[parts.index("snapshots") : parts.index("snapshots") + 2]
+        for part in parts[:-3:-1]:
+            for name in PUBLIC:
+                if name in candidates and re.search(PUBLIC[name].called, part.lower()):
+                    return name
+    return None

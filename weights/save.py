@@ -1,0 +1,98 @@
+"""Write modules as checkpoints, in the layouts of the original releases and of the hub: all of it or nothing."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import nn
+
+from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
+
+from . import configs
+from .detect import AUTOENCODER, CLIP, FLUX, SD3, T5, Kind, PathLike, read_parts
+from .files import STEMS, find_weights
+from .layouts import CheckpointError
+from .load import open_part
+
+
+def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "hub"] = "original",
+                     max_shard_bytes: int | None = None) -> None:
+    """Store an MMDiT as one file under its family's original names, or as a hub `transformer/` folder.
+
+    "original": `path` ends in .safetensors; SD3's names carry their prefix. "hub": `path` is a folder that
+    diffusers' `from_pretrained` reads; more than `max_shard_bytes` are split into shards. A checkpoint that is at
+    `path` is replaced once everything is written. Raises CheckpointError (a ValueError) for a model that the
+    layout cannot express, or a path that holds anything but a checkpoint.
+    """
+    _save(FLUX if model.config.position == "rope" else SD3, model, path, layout, max_shard_bytes)
+
+
+def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["original", "hub"] = "original",
+                     max_shard_bytes: int | None = None) -> None:
+    """Store an autoencoder as one file or as a hub `vae/` folder; see `save_transformer`.
+
+    "original": with SD3's prefix if its latents have SD3's scaling and shift, otherwise without a prefix, as FLUX.1's.
+    The file does not store scaling and shift: if they are neither family's, load it with a config.
+    """
+    _save(AUTOENCODER, model, path, layout, max_shard_bytes)
+
+
+def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
+                      layout: Literal["original", "hub"] = "original", max_shard_bytes: int | None = None) -> None:
+    """Store a text encoder as one file or as a hub `text_encoder/` folder; see `save_transformer`."""
+    _save(T5 if isinstance(model, T5Encoder) else CLIP, model, path, layout, max_shard_bytes)
+
+
+def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None) -> None:
+    path, config, hub = Path(path), model.config, layout == "hub"
+    if layout not in ("original", "hub"):
+        raise CheckpointError(f'layout must be "original" or "hub", got {layout!r}')
+    if max_shard_bytes is not None and (not hub or max_shard_bytes < 1):
+        raise CheckpointError(f'max_shard_bytes is for layout "hub", and at least 1, got {max_shard_bytes}')
+    if hub == (path.suffix == ".safetensors") or (path.exists() and hub != path.is_dir()):
+        raise CheckpointError(f"{path}: give a folder for the hub layout, a name in .safetensors for the original one")
+    usual = re.compile(r"config\.json|.*\.safetensors(\.index\.json)?")
+    if foreign := [file.name for file in (path.iterdir() if path.is_dir() else ()) if not usual.fullmatch(file.name)]:
+        raise CheckpointError(f"{path} holds more than a checkpoint ({foreign[0]}) and would be replaced: give another")
+    names = kind.layouts[hub]
+    if scaled := [name for name, _ in model.named_buffers() if name.endswith(".scale")]:
+        raise CheckpointError(f"{scaled[0]} is not written: load float8 weights in bfloat16, without keep_float8")
+    of_flux = kind is AUTOENCODER and config.scaling != configs.LATENTS["sd3"]["scaling"]
+    prefix = "" if of_flux else names.prefix
+    tensors = {prefix + theirs: tensor.detach().contiguous()
+               for _, theirs, tensor in names.split(model.state_dict(), configs.sizes_of(config))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        if hub:
+            new.mkdir()
+            stem = STEMS[kind in (CLIP, T5)]
+            plan = split_torch_state_dict_into_shards(  # on meta, where no two tensors share their memory
+                {name: tensor.to("meta") for name, tensor in tensors.items()},
+                filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_bytes or 2**62)
+            for file, names_there in plan.filename_to_tensors.items():
+                save_file({name: tensors[name] for name in names_there}, new / file, metadata={"format": "pt"})
+            if plan.is_sharded:
+                index = json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2)
+                (new / f"{stem}.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+            (new / "config.json").write_text(json.dumps(configs.to_hub(config), indent=2) + "\n", encoding="utf-8")
+            if (found := open_part(read_parts(find_weights(new), path)[0]).config) != config:
+                raise CheckpointError(f"the {names.name} layout cannot store this model: read again it is {found}")
+        else:
+            save_file(tensors, new, metadata={"format": "pt"})
+        if hub and path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
