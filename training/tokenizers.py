@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mmdit.tokenizers import END, START, clip_model
+from mmdit.tokenizers import END, START, clip_tokenizer
 
 
 def train_clip_tokenizer(
@@ -69,7 +70,7 @@ def train_t5_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: 
 
 def _word_counts(captions: Iterable[str]) -> Counter[tuple[str, ...]]:
     """How often each word occurs, a word as its bytes: ("r", "e", "d</w>")."""
-    clip = clip_model({}, [])
+    clip = clip_tokenizer(BPE())
     counts = Counter()
     for caption in captions:
         for word, _ in clip.pre_tokenizer.pre_tokenize_str(clip.normalizer.normalize_str(caption)):

@@ -1,7 +1,9 @@
-"""The tokenizers against transformers' (small trained vocabularies, CLIP's public one) and OpenAI's own code."""
+"""The tokenizers against transformers (small vocabularies, CLIP's public one), sentencepiece and OpenAI's own code."""
 
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
 import shutil
 import unicodedata
@@ -13,7 +15,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from mmdit.tokenizers import END, START, ClipTokenizer, T5Tokenizer
 from training.tokenizers import train_clip_tokenizer, train_t5_tokenizer
@@ -124,6 +126,14 @@ def t5_oracle(t5_folder):
     return transformers.T5Tokenizer.from_pretrained(t5_folder)
 
 
+@pytest.fixture(scope="module")
+def t5_json(t5_oracle, tmp_path_factory):
+    """The tokenizer.json, with its settings, that transformers makes of the spiece.model."""
+    t5_oracle.save_pretrained(folder := tmp_path_factory.mktemp("tokenizers"))
+    assert {file.name for file in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    return folder
+
+
 def test_clip_equals_transformers(clip, clip_oracle):
     assert clip(PROMPTS).tolist() == theirs(clip_oracle, PROMPTS, 77)
     assert clip(PROMPTS, length=9).tolist() == theirs(clip_oracle, PROMPTS, 9)
@@ -184,27 +194,39 @@ def test_clip_training_by_hand(tmp_path):
     assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == ["a b</w>", "a b", "ab c</w>"]
 
 
-def test_t5_equals_transformers(t5, t5_oracle):
+def test_t5_equals_transformers(t5_json, t5_oracle):
+    t5 = T5Tokenizer(t5_json)
     assert t5(PROMPTS).tolist() == theirs(t5_oracle, PROMPTS, 96)
     assert t5(PROMPTS, length=5).tolist() == theirs(t5_oracle, PROMPTS, 5)
     assert (t5.start_token, t5.end_token, t5.pad_token, t5.vocab_size) == (None, 1, 0, len(t5_oracle))
     assert [t5.count(prompt) for prompt in PROMPTS] == [len(ids) for ids in t5_oracle(PROMPTS).input_ids]
 
 
-# SentencePiece's own library shares no code with ours. Where transformers, and we, part from it: accents given on their
-# own, control characters (U+0085 is a space to transformers), and the names of special tokens.
+@many
+@given(st.text(max_size=40) | known_words)
+def test_t5_equals_sentencepiece(t5, t5_folder, prompt):
+    library = SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
+    expected = library.encode(prompt, add_eos=True)
+    assert t5([prompt], length=len(expected) + 1).tolist() == [expected + [0]]
+    assert t5.count(prompt) == len(expected) and t5.vocab_size == len(library) == 64
+
+
+# Without accents on their own, control characters and special tokens' names, transformers has SentencePiece's ids.
 @many
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc", "M"]), max_size=40) | known_words)
-def test_t5_equals_sentencepiece(t5, t5_folder, prompt):
+def test_t5_files_agree(t5, t5_json, prompt):
     prompt = unicodedata.normalize("NFC", prompt)
-    oracle = SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
-    assert t5([prompt], length=t5.count(prompt)).tolist() == [oracle.encode(prompt) + [1]]
+    assert torch.equal(t5([prompt], length=64), T5Tokenizer(t5_json)([prompt], length=64))
 
 
-def test_t5_reads_spiece_model_before_tokenizer_json(t5, t5_folder, tmp_path):
-    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert torch.equal(T5Tokenizer(tmp_path)(PROMPTS), t5(PROMPTS))
+def test_tokenizer_json_goes_first(t5_folder, t5_json, clip, clip_folder, clip_oracle, tmp_path):
+    shutil.copytree(t5_folder, tmp_path / "t5")
+    shutil.copy(t5_json / "tokenizer.json", tmp_path / "t5")
+    assert T5Tokenizer(tmp_path / "t5")(["</s>"], length=2).tolist() == [[1, 1]]  # with spiece.model it is text
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    clip_oracle.save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip/vocab.json").write_text("not read")
+    assert torch.equal(ClipTokenizer(tmp_path / "clip")(PROMPTS), clip(PROMPTS))
 
 
 def test_t5_training_repeats(t5_folder, tmp_path):
@@ -229,23 +251,25 @@ def test_special_tokens_map_names_the_pad_token(tmp_path):
     assert ClipTokenizer(folder).pad_token == 0
 
 
-@pytest.mark.parametrize("prompts", ["a red circle", [], ["a", 3], ["a", None], ["half \ud83d"]])
-def test_bad_prompts(t5, prompts):
-    with pytest.raises(ValueError, match="list of at least one prompt|must be a string|half of a surrogate pair"):
-        t5(prompts)
+@pytest.mark.parametrize("prompts", ["a red circle", [], ["a", 3], ["a", None], [["a"]], [b"a"], ["half \ud83d"]])
+def test_bad_prompts(t5, clip, prompts):
+    for tokenizer in (t5, clip):
+        with pytest.raises(ValueError, match="at least one prompt, not|string, without half of a surrogate"):
+            tokenizer(prompts)
 
 
 def test_bad_lengths(t5, clip):
-    with pytest.raises(ValueError, match="at least 1, for the end token, not 0"):
+    with pytest.raises(ValueError, match="at least 1, for the tokens at start and end, not 0"):
         t5(["a"], length=0)
-    with pytest.raises(ValueError, match="at least 2, for the start and the end token, not 1"):
+    with pytest.raises(ValueError, match="at least 2, for the tokens at start and end, not 1"):
         clip(["a"], length=1)
 
 
 def test_missing_files(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(FileNotFoundError, match="vocab.json is missing: download"):
         ClipTokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="spiece.model is missing: download the tokenizer_2"):
+    with pytest.raises(FileNotFoundError, match="spiece.model is missing: download .*tokenizer_2 of FLUX.1"):
         T5Tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="merges.txt is missing: download"):
@@ -257,13 +281,17 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("vocab.json", "{", "vocab.json is not readable JSON"),
-        ("vocab.json", "[]", "vocab.json holds a JSON list where an object belongs"),
-        ("vocab.json", '{"a": 0}', "do not fit together"),
-        ("merges.txt", "a b c", "do not fit together"),
-        ("special_tokens_map.json", '{"pad_token": "<pad>"}', "pad token '<pad>' is not in the vocabulary"),
-        ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "{'lstrip': True} does not describe a token"),
-        ("tokenizer_config.json", '{"model_max_length": "long"}', "model_max_length is 'long', expected a whole"),
+        ("vocab.json", "{", "vocab.json is damaged or not CLIP's tokenizer .*EOF while parsing"),
+        ("vocab.json", "[]", "vocab.json is damaged or not CLIP's tokenizer .*Bad vocabulary"),
+        ("vocab.json", '{"a": 0}', "vocab.json is damaged or not CLIP's tokenizer .*out of vocabulary"),
+        ("merges.txt", "a b c", "vocab.json is damaged or not CLIP's tokenizer .*Merges text file invalid at line 1"),
+        ("merges.txt", "#version: 0.2\na </w>", "merges.txt is cut off: 1 merges for 520 tokens"),
+        ("special_tokens_map.json", '{"pad_token": "<pad>"}', "the token '<pad>' is not in its vocabulary"),
+        ("special_tokens_map.json", '{"pad_token": {}}', "map.json is damaged or not a tokenizer's settings"),
+        ("special_tokens_map.json", "{", "map.json is damaged or not a tokenizer's settings"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is damaged or not a tokenizer's settings"),
+        ("tokenizer_config.json", '{"model_max_length": "long"}', "tokenizer_config.json is .*: 'long'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": 1}}', "tokenizer_config.json is .* mapping"),
     ],
 )
 def test_unreadable_clip_files(tmp_path, file, content, message):
@@ -273,17 +301,32 @@ def test_unreadable_clip_files(tmp_path, file, content, message):
         ClipTokenizer(tmp_path)
 
 
-def test_unreadable_json_and_model(t5_folder, tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not describe a tokenizer"):
-        ClipTokenizer(tmp_path)
-    with pytest.raises(ValueError, match="does not describe a tokenizer"):
-        T5Tokenizer(tmp_path)
-    whole = (t5_folder / "spiece.model").read_bytes()
-    for content in (b"not a model", b"", whole[:500], whole[:-1]):
-        (tmp_path / "spiece.model").write_bytes(content)
-        with pytest.raises(ValueError, match="not a SentencePiece model"):
+def test_unreadable_json(t5_json, tmp_path):
+    whole = (t5_json / "tokenizer.json").read_text()
+    start = whole.index('"precompiled_charsmap"')
+    damaged = whole[: start + 1000] + "*" + whole[start + 1001 :]  # on this one the library panics
+    for content in ("{}", "[]", "", whole[:-1], damaged, whole.replace("</s>", "</S>")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        for family, kind in (("CLIP's", ClipTokenizer), ("T5's", T5Tokenizer)):
+            with pytest.raises(ValueError, match=f"tokenizer.json is damaged or not {family} tokenizer"):
+                kind(tmp_path)
+
+
+def test_unreadable_model(t5_folder, tmp_path):
+    """Cut off within the pieces, which come first, or later. The library loads what ends between two pieces."""
+    whole, loaded = (t5_folder / "spiece.model").read_bytes(), 0
+    for size in [*range(300), *range(300, len(whole), 5003), len(whole) - 1]:
+        (tmp_path / "spiece.model").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="spiece.model is damaged or not T5's tokenizer .*: download"):
             T5Tokenizer(tmp_path)
+        with contextlib.suppress(RuntimeError):
+            loaded += SentencePieceProcessor().LoadFromSerializedProto(whole[:size])
+    assert loaded > 10
+    model = io.BytesIO()  # with the library's own choice of special tokens: no pad token
+    SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=48, minloglevel=2)
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="it has no end token, no pad token"):
+        T5Tokenizer(tmp_path)
 
 
 def test_vocabularies_too_large_to_train(tmp_path):

@@ -67,7 +67,7 @@ def for_all(modules, kind, name, value):
 
 def other_pad(it):
     tokenizer = it.pipeline.text.clips[0][0]
-    it.patch.setitem(tokenizer._ids, "pad", tokenizer.start_token)
+    it.patch.setattr(tokenizer, "pad_token", tokenizer.start_token)
 
 
 def clips_swapped(it):
