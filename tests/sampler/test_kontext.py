@@ -146,6 +146,6 @@ def test_an_image_that_is_a_path_is_refused(small):
         small("a star", 1, image="photo.png")
 
 
-def test_a_model_without_rotary_positions_names_the_one_that_has_them(pipeline):
-    with pytest.raises(ValueError, match="reference picture needs rotary positions, which FLUX.1-Kontext has"):
+def test_a_model_that_edits_no_pictures_names_the_one_that_does(pipeline):
+    with pytest.raises(ValueError, match="image: this checkpoint edits no pictures"):
         pipeline("a star", 1, image=photo(64, 64))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampler.output import fit, free_folder, grid
+from sampler.output import fit, grid
 from sampler.pipeline import to_picture
 from sampler.report import describe_batch, table, to_pixels
 from tiny.world import Scene, Thing, count_attributes, render
@@ -52,17 +52,13 @@ def test_the_table_lines_up():
     assert [line[at:] for line in lines] == ["repelled", "3.25", "50 %", "4 red, 4 blue", "1.60"]
 
 
-def test_long_titles_are_cut_to_fit_and_folders_are_numbered(tmp_path):
+def test_long_titles_are_cut_to_fit():
     from PIL import ImageFont
 
     font = ImageFont.load_default(20)
     assert fit("a circle", font, 500) == "a circle"
     short = fit("a circle " * 50, font, 500)
     assert short.endswith("…") and 440 < font.getlength(short) <= 500
-    for expected in ("a", "a-2", "a-3"):
-        folder = free_folder(tmp_path / "a")
-        assert folder.name == expected
-        folder.mkdir()
 
 
 def test_a_grid_of_one_and_of_nine():
