@@ -78,12 +78,14 @@ def take(target: Path, overwrite: bool, ours: str) -> Claim | None:
 
 def hold(folder: Path, wait: bool = False) -> int | None:
     """A descriptor that holds a folder until it is closed or the process ends; None if another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
     with suppress(BlockingIOError, FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # not renamed in between
             return descriptor
-    os.close(descriptor)
+    if descriptor is not None:
+        os.close(descriptor)
     return None
 
 
@@ -95,7 +97,7 @@ def publish(claim: Claim, overwrite: bool, ours: str) -> None:
         os.rename(claim.work, claim.target)
         return
     old = hold(claim.target, wait=True)  # or another run would take it for a killed run's under its hidden name
-    exchange(claim.work, claim.target)
+    exchange(claim.work, Path(os.path.abspath(claim.target)))
     remove(claim.work, ours)
     if old is not None:
         os.close(old)

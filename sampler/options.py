@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--keep-float8", action="store_true", help="keeps float8 weights in float8, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
-    o.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    o.add_argument("--overwrite", action="store_true", help="replace --out if all in it was written by this program")
     o.add_argument("--no-compare", action="store_true", help="without the typical batch, in half the time")
     o.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32, on a GPU bfloat16)")
     o.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
@@ -93,7 +93,7 @@ def exit_code(run: Callable[[argparse.Namespace], None], parser: argparse.Argume
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted: {interrupt or 'nothing was written'}", file=sys.stderr)
+        print(f"\ninterrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError, TypeError) as error:
         print(f"error: {' '.join(sentence(error).split())}", file=sys.stderr)
@@ -103,7 +103,7 @@ def exit_code(run: Callable[[argparse.Namespace], None], parser: argparse.Argume
 
 def sentence(error: Exception) -> str:
     """What to tell the user of an error. Raises it again where it is a mistake in the program."""
-    text = str(error)
+    text = re.sub(r"(\d+) bytes", lambda found: f"{int(found[1]) / 2**30:.2f} GiB", str(error))
     if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory|ALLOC_FAILED", text):
         asked = re.search(r"allocate (\d[\d.]* \w+)", text)
         return (f"out of memory{f' at {asked[1]}' if asked else ''}: try fewer --images, a smaller --height and "

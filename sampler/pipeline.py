@@ -248,9 +248,12 @@ class Pipeline:
 def usable_device(name: str | torch.device) -> torch.device:
     """The device of this name. Raises ValueError where this machine or this build of torch has none such."""
     try:
-        return torch.empty(0, device=name).device
+        numbers = torch.zeros(1, device=name)
+        numbers.tolist()  # which "meta" cannot
+        return numbers.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = "torch lacks it" if isinstance(error, NotImplementedError) else str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {why}") from error
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

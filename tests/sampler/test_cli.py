@@ -11,28 +11,10 @@ from PIL import Image
 from small_pipelines import flux, saved
 
 from repulsion import Repulsion
-from sampler import __main__ as cli
 from sampler import options, output, program
 from weights import BUNDLED
 
 PICTURE = Path(__file__).parents[2] / "docs" / "samples.png"
-
-@pytest.fixture
-def call(pipeline, monkeypatch, tmp_path):
-    """Runs the program in this process, with the checkpoint loaded once, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    load = program.Pipeline.load.__func__
-
-    def quick_load(cls, model, **where):
-        return pipeline if model == "tiny-sd3" else load(cls, model, **where)
-
-    monkeypatch.setattr(program.Pipeline, "load", classmethod(quick_load))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sampler", *arguments])
-        return cli.main()
-
-    return run
 
 
 def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from sampler.output import fit, grid
 from sampler.pipeline import to_picture
@@ -38,6 +39,17 @@ def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attribu
     assert other["vendi_of"] == "pixels" and "adherence" not in other and 1 <= other["vendi"] < 1.2
 
 
+def test_equal_pictures_score_one_and_pictures_of_one_color_are_alike():
+    flat = [Image.new("RGB", (8, 8), color) for color in ("red", "navy", (17, 17, 17))]
+    (scene,) = pictures(RED)
+    for batch, score in ((flat[:1] * 4, 1), (flat, 1), ([scene] * 5, 1), ([flat[0].resize((64, 64)), scene], 2),
+                         ([flat[0].resize((64, 64)), scene, flat[1].resize((64, 64))], 3 / 2 ** (2 / 3))):
+        # one kind, or of three pictures two of a kind: eigenvalues 2/3 and 1/3
+        assert describe_batch(batch, "a cat", None)["vendi"] == pytest.approx(score, abs=1e-4)
+    for batch in (flat[:1] * 4, [scene] * 5):
+        assert describe_batch([picture.resize((64, 64)) for picture in batch], "a star", "tiny")["vendi"] == 1
+
+
 def test_counts_are_of_what_could_be_read():
     found = count_attributes([RED, BLUE, Scene((Thing(None, "red", None),), None, "navy", None)])
     assert found["color"] == {"red": 2, "blue": 1} and found["shape"] == {"circle": 1, "square": 1}
@@ -66,5 +78,3 @@ def test_a_grid_of_one_and_of_nine():
     assert one.size == (128 + 16, 128 + 16)
     assert nine.size == (4 * 136 + 8, 3 * 136 + 8)
     assert nine.getpixel((nine.width - 20, nine.height - 20)) == (255, 255, 255)
-
-
