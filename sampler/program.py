@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -103,13 +104,14 @@ def run(args: argparse.Namespace) -> None:
                  "height": height, "width": width, "image": args.image and str(args.image),
                  "skip_layer_guidance": None if skip is None else asdict(skip)}
         if stopped is not None:
-            about["stopped"] = {name: str(stopped) or "interrupted" for name in batches if name not in pictures}
+            why = f"{type(stopped).__name__}: {stopped}"
+            about["stopped"] = {name: why for name in batches if name not in pictures}
         ways = {"repulsion": None if repulsion is None else asdict(repulsion),
                 "method": None if other is None else {"name": args.method, **asdict(other)}}
         write(claim.work, pictures=pictures, found=found, about=about, ways=ways)
     if stopped is not None:
         print(f"written to {claim.target}: the finished batch alone, {', '.join(pictures)}")
-        raise stopped if str(stopped) else KeyboardInterrupt("the finished batch was written")
+        raise KeyboardInterrupt("the finished batch was written") if isinstance(stopped, KeyboardInterrupt) else stopped
     print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
     print(f"written to {claim.target}{'' if args.no_compare else ': compare.png shows both'}")
 
@@ -129,7 +131,8 @@ def paint(pipeline: Pipeline, args: argparse.Namespace, call: dict,
         except (Exception, KeyboardInterrupt) as error:
             if not finished:
                 raise
-            stopped.append(error.with_traceback(None))  # whose frames hold the memory of what was interrupted
+            traceback.clear_frames(error.__traceback__)  # they hold the memory of what was interrupted
+            stopped.append(error)
 
     with keeping(latents), pipeline.parts["transformer"].used(now=False):
         for name, ways in batches.items():
