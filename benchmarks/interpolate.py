@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repulsion import Repulsion
 from sampler import Pipeline, output
+from sampler.folders import whole_folder
 from sampler.methods import Method
 from sampler.options import blocks, exit_code
 from sampler.report import to_pixels
@@ -25,6 +26,7 @@ from sampler.schedule import Velocity, starting_noise
 from tiny.world import COLOR_RGB, GROUND_RGB, SHADE
 
 ALPHAS = tuple(i / 4 for i in range(-2, 7))  # −0.5 … 1.5
+FILES = r"strip\.png|summary\.json"
 
 
 def between(h: Tensor, alphas: tuple[float, ...], groups: int = 1) -> Tensor:
@@ -159,8 +161,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out is not None:
-        output.refuse_existing(args.out, args.overwrite)
+    target = args.out or Path("outputs") / f"interpolate-{output.folder_name(args.prompt)}"
+    with whole_folder(target, args.overwrite, numbered=args.out is None, ours=FILES) as claim:
+        blurs = paint(args, claim.work)
+    if blurs is not None:
+        print(table(blurs, ALPHAS))
+    print(f"written to {claim.target}")
+
+
+def paint(args: argparse.Namespace, folder: Path) -> dict[str, list[float]] | None:
+    """The strip of pictures and the numbers, to `folder`; in the tiny world returns the blur of each picture."""
     pipeline = Pipeline.load(args.model)
     steps = pipeline.defaults.steps if args.steps is None else args.steps
     where = Repulsion(0.0, steps=steps if args.first is None else args.first, blocks=args.blocks)
@@ -169,19 +179,15 @@ def run(args: argparse.Namespace) -> None:
              "target_seed": args.target_seed, "alphas": ALPHAS, "steps": steps, "first": where.steps,
              "blocks": where.blocks}
     blurs = {name: blur(row) for name, row in rows.items()} if pipeline.defaults.world == "tiny" else None
-    target = args.out or output.free_folder(Path("outputs") / f"interpolate-{output.folder_name(args.prompt)}")
-    with output.whole_folder(target, args.overwrite) as folder:
-        title = f"“{args.prompt}”, from seed {args.source_seed} at 0 to seed {args.target_seed} at 1"
-        output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
-        output.write_summary(folder, {**about, "blur": blurs})
-    if blurs is not None:
-        print(table(blurs, ALPHAS))
-    print(f"written to {target}")
+    title = f"“{args.prompt}”, from seed {args.source_seed} at 0 to seed {args.target_seed} at 1"
+    output.save_png(strip(rows, ALPHAS, title), folder / "strip.png", about)
+    output.write_summary(folder, {**about, "blur": blurs})
+    return blurs
 
 
 def main() -> int:
     """The exit code, see `exit_code`."""
-    return exit_code(run, parser().parse_args())
+    return exit_code(run, parser())
 
 
 if __name__ == "__main__":

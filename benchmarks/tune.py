@@ -22,6 +22,7 @@ from repulsion import Repulsion
 from repulsion.repel import gram_matrix
 from repulsion.solvers import gradient_matrix, mixing_matrix
 from sampler import Pipeline, output
+from sampler.folders import whole_folder
 from sampler.options import blocks, exit_code
 from sampler.report import describe_batch
 
@@ -30,6 +31,7 @@ from .prompts import CHOICE
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 PROMPTS = ["a person at a table", "a house by a lake", "an animal in the snow", "a street at night"]
 KEPT = 0.03  # adherence that a push may cost
+FILES = r"summary\.json|(base|strength-.*)\.png"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ def propose(tried: dict[float, dict], base: dict) -> float | None:
 
 
 def run(args: argparse.Namespace) -> None:
+    with whole_folder(args.out, overwrite=True, ours=FILES) as claim:
+        tune(args, claim.work)
+
+
+def tune(args: argparse.Namespace, folder: Path) -> None:
+    """Prints the table and the proposal; the sheets go to `folder`."""
     pipeline = Pipeline.load(args.model)
     own = pipeline.defaults.repulsion or Repulsion(strength=1.0)
     said = {name: value for name, value in (("blocks", args.blocks), ("steps", args.steps)) if value is not None}
@@ -99,9 +107,10 @@ def run(args: argparse.Namespace) -> None:
         repulsion = replace(start, strength=strength, scales=[])
         tried[strength] = paint(pipeline, repulsion, prompts, args.seeds, args.images)
         print(line(f"{strength}", tried[strength], base), flush=True)
-    with output.whole_folder(args.out, overwrite=True) as folder:
-        for name, found in {"base": base, **{f"strength-{s}": found for s, found in tried.items()}}.items():
-            found["sheet"].save(folder / f"{name}.png")
+    named = {"base": base, **{f"strength-{s}": found for s, found in tried.items()}}
+    for name, found in named.items():
+        found.pop("sheet").save(folder / f"{name}.png")
+    output.write_summary(folder, {"prompts": prompts, "images": args.images, "found": named})
     best = propose(tried, base)
     if best is None:
         print(f"look at {args.out}: take the strength of the last sheet that still shows what was asked")
@@ -118,7 +127,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=blocks, help="all, first, middle, last, or indices such as 0-3,7")
     parser.add_argument("--steps", type=int, help="τ, the steps that repel")
     parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder for pictures, replaced")
-    return exit_code(run, parser.parse_args())
+    return exit_code(run, parser)
 
 
 if __name__ == "__main__":

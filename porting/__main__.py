@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """The exit code, see `exit_code`; 1 where a port deviates."""
-    return exit_code(run, parser().parse_args())
+    return exit_code(run, parser())
 
 
 if __name__ == "__main__":

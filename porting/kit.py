@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mmdit.model
 from sampler import Pipeline
-from sampler.output import refuse_existing, whole_folder
+from sampler.folders import whole_folder
 
 from . import files
 from .mistakes import features
@@ -20,6 +20,7 @@ from .run import Run
 from .stages import entries
 
 MARGIN = 10  # the tolerance, relative to the deviation of our own float32 run
+FILES = r"kit\.safetensors|manifest\.json|PORTING\.md"
 ROUNDING = 2.0**-23  # of float32; the least deviation assumed: what our run rounds as the kit, another may not
 
 
@@ -62,25 +63,26 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str = "a circle", image
     times at a single step, from one sample).
     Raises FileExistsError where the folder exists, ValueError for a call that the pipeline refuses.
     """
-    refuse_existing(folder, overwrite)  # before anything is computed
-    exact, run = run_in(torch.float64, model, prompt, images, steps)
-    ours, _ = run_in(torch.float32, model, prompt, images, steps)
-    off, rows = {name: deviation(tensor, exact[name]) for name, tensor in ours.items()}, []
-    of_latents = max(off[entry.name] for entry in entries(run) if entry.stage == "steps")
-    for entry in entries(run):
-        tensor, measured = ours[entry.name], of_latents if entry.stage == "steps" else off[entry.name]
-        whole = 0.1 if entry.name == "pixels" else 0.0  # one in a hundred may round to the other side
-        rows.append({
-            "name": entry.name, "stage": entry.stage, "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."), "formula": entry.formula, "inputs": list(entry.inputs),
-            "measured": measured, "causes": [cause.words for cause in entry.causes],
-            "tolerance": MARGIN * max(measured, ROUNDING) if tensor.is_floating_point() else whole,
-        })
-    manifest = json.dumps({"run": asdict(run), "tensors": rows}, indent=1, ensure_ascii=False)
-    with whole_folder(folder, overwrite) as work:
-        files.write(work / "kit.safetensors", {name: tensor.to(ours[name].dtype) for name, tensor in exact.items()})
-        (work / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
-        (work / "PORTING.md").write_text(page(run, rows, folder.name, MARGIN), encoding="utf-8")
+    with whole_folder(folder, overwrite, ours=FILES) as claim:  # before anything is computed
+        exact, run = run_in(torch.float64, model, prompt, images, steps)
+        ours, _ = run_in(torch.float32, model, prompt, images, steps)
+        off, rows = {name: deviation(tensor, exact[name]) for name, tensor in ours.items()}, []
+        of_latents = max(off[entry.name] for entry in entries(run) if entry.stage == "steps")
+        for entry in entries(run):
+            tensor, measured = ours[entry.name], of_latents if entry.stage == "steps" else off[entry.name]
+            whole = 0.1 if entry.name == "pixels" else 0.0  # one in a hundred may round to the other side
+            rows.append({
+                "name": entry.name, "stage": entry.stage, "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."), "formula": entry.formula,
+                "inputs": list(entry.inputs),
+                "measured": measured, "causes": [cause.words for cause in entry.causes],
+                "tolerance": MARGIN * max(measured, ROUNDING) if tensor.is_floating_point() else whole,
+            })
+        manifest = json.dumps({"run": asdict(run), "tensors": rows}, indent=1, ensure_ascii=False)
+        tensors = {name: tensor.to(ours[name].dtype) for name, tensor in exact.items()}
+        files.write(claim.work / "kit.safetensors", tensors)
+        (claim.work / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+        (claim.work / "PORTING.md").write_text(page(run, rows, folder.name, MARGIN), encoding="utf-8")
     return rows
 
 

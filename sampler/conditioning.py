@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mmdit import ClipTokenizer, T5Tokenizer
 from mmdit.clip import ClipOutput
 
-from .parts import Part
+from .parts import Part, finite
 
 T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; FLUX.1-schnell's 256 is given by `t5_limit`
 
@@ -39,7 +39,8 @@ class TextEncoders:
 
         FLUX.1: T5's states; CLIP-L's pooled vector, never projected. SD3: the two CLIPs' penultimate states side by
         side, padded with zeros to T5's width, then T5's states; the two pooled vectors side by side.
-        Raises ValueError for a prompt that is longer than every tokenizer's limit.
+        Raises ValueError for a prompt that is longer than every tokenizer's limit, and naming an encoder that returns
+        NaN.
         """
         for prompt in prompts:
             self.check_length(prompt)
@@ -49,6 +50,10 @@ class TextEncoders:
         else:
             tokenizer, part = self.t5
             t5 = torch.cat(encode(part, [tokenizer([p], length=self.t5_length) for p in prompts]))
+        finite(t5, "the text encoder T5")
+        for name, clip in zip(("CLIP-L", "CLIP-G"), clips, strict=False):
+            for states in [clip.unprojected] if self.family == "flux" else [clip.penultimate, clip.pooled]:
+                finite(states, f"the text encoder {name}")
         return (t5, clips[0].unprojected) if self.family == "flux" else sd3_conditioning(clips, t5)
 
     def check_length(self, prompt: str) -> None:

@@ -1,17 +1,13 @@
-"""The options of `python -m sampler`, and the settings made of them."""
+"""The options of `python -m sampler`, and how a program ends. Imports no torch, so that --help answers at once."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from repulsion import Repulsion
-
-from .guidance import SkipLayerGuidance
-from .methods import METHODS, Method
-
+METHODS = ("cads", "particle", "sparke", "diverseflow", "interval", "sgi")  # the keys of `sampler.methods.METHODS`
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
 In every joint attention of the model the text tokens of a sample attend to its image. In the first --repel-steps steps
@@ -69,63 +65,53 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
     m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
     m.add_argument("--text-encoders", metavar="PATH", nargs="+", help="likewise, such as clip_l.safetensors and t5xxl…")
-    m.add_argument("--tokenizers", metavar="PATH", nargs="+", help="the folder that holds them, or a path each")
+    m.add_argument("--tokenizers", metavar="PATH", help="the folder that holds tokenizer/, tokenizer_2/, …")
+    m.add_argument("--variant", metavar="NAME", help="public checkpoint whose settings count: flux1-kontext-dev, …")
+    m.add_argument("--shift", type=float, metavar="S", help="of the schedule (default: the checkpoint's)")
     m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; or one block")
     m.add_argument("--keep-float8", action="store_true", help="keeps float8 weights in float8, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
-    o.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    o.add_argument("--overwrite", action="store_true", help="replace --out if all in it was written by this program")
     o.add_argument("--no-compare", action="store_true", help="without the typical batch, in half the time")
-    o.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32, on a GPU bfloat16)")
+    o.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; GPU: bfloat16")
     o.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     return p
 
 
-def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
-    """The checkpoint's repulsion with the options given; None beside a rival if no option of repulsion is given."""
-    if args.diversity is not None:
-        raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
-                         "the tokens, for example --strength 1")
-    given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
-            "branches": args.branches, "strength": args.strength if args.method == "repulsion" else None}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.method != "repulsion" and not given:
-        return None
-    if "strength" in given or "scale" in given:
-        return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
-    if default is None:
-        raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 1")
-    return replace(default, **given)
-
-
-def name_of(args: argparse.Namespace) -> str:
-    return args.model or args.transformer or "tiny-sd3"
-
-
-def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
-    """Skip-layer guidance by --skip-layers and --skip-scale, or None."""
-    if args.skip_layers is None:
-        if args.skip_scale is not None:
-            raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
-        return None
-    return SkipLayerGuidance(args.skip_layers, **({} if args.skip_scale is None else {"scale": args.skip_scale}))
-
-
-def method(args: argparse.Namespace) -> Method | None:
-    """The rival named by --method, with --strength; None for repulsion."""
-    if args.method == "repulsion":
-        return None
-    return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
-
-
-def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a program: 0; 2 for a wrong call or file, with a message of one line; 130 if interrupted."""
+def exit_code(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> int:
+    """Parse the options and run a program: 0; 2, with a message of one line, for a wrong call or file and where memory
+    or the device does not suffice; 130 if interrupted; 141 if the output is a pipe that was closed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an encoding without η
     try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
+        try:
+            run(parser.parse_args())
+        finally:
+            sys.stdout.flush()  # a closed pipe is an error here, instead of a traceback while Python exits
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
+    except (ValueError, OSError, MemoryError, RuntimeError, TypeError) as error:
+        print(f"error: {' '.join(sentence(error).split())}", file=sys.stderr)
+        return 2
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user of an error. Raises it again where it is a mistake in the program."""
+    text = re.sub(r"(\d+) bytes", lambda found: f"{int(found[1]) / 2**30:.2f} GiB", str(error))
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory|ALLOC_FAILED", text):
+        asked = re.search(r"allocate (\d[\d.]* \w+)", text)
+        return (f"out of memory{f' at {asked[1]}' if asked else ''}: try fewer --images, a smaller --height and "
+                "--width, --dtype bfloat16, or --offload parts or blocks")
+    if isinstance(error, (RuntimeError, TypeError)):
+        if "MPS" not in text:
+            raise error
+        return f"the device mps cannot compute this ({text.splitlines()[0]}): try --device cpu"
+    return text

@@ -1,13 +1,7 @@
-"""Files: single pictures, grids, the labeled comparison; all of them or none."""
+"""Files: single pictures, grids, the labeled comparison, the numbers."""
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -65,34 +59,6 @@ def save_png(picture: Image.Image, file: Path, about: dict[str, object]) -> None
     picture.save(file, pnginfo=info)
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where `target` is there already and not to be overwritten."""
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already: choose another --out, or say --overwrite")
-
-
-@contextmanager
-def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to, which takes its name only when everything in it is written.
-
-    Raises FileExistsError where `target` is there already and not to be overwritten. If the writing is cut short,
-    nothing remains of it, and an older folder stays as it was.
-    """
-    refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    work.chmod(0o755)
-    try:
-        yield work
-        old = work.with_name(work.name + "-old")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(work, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def folder_name(prompt: str) -> str:
     """What a folder for pictures of this prompt is called: its letters and digits, at most 60 signs."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
@@ -102,8 +68,3 @@ def write_summary(folder: Path, content: dict[str, object]) -> None:
     """summary.json, with line breaks for a person to read."""
     (folder / "summary.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-
-def free_folder(base: Path) -> Path:
-    """`base`, or base-2, base-3, … : the first that does not exist."""
-    names = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
-    return next(name for name in names if not name.exists())

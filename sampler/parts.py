@@ -15,7 +15,7 @@ class Part:
     """A network that is read when it is first used. `free`: and again each time, since it is freed after each use."""
 
     def __init__(self, load: Callable[[], nn.Module], free: bool = False):
-        self._load, self._free, self._module = load, free, None
+        self._load, self._free, self._module, self._uses = load, free, None, 0
 
     @property
     def module(self) -> nn.Module:
@@ -25,13 +25,23 @@ class Part:
         return self._module
 
     @contextmanager
-    def used(self) -> Iterator[nn.Module]:
-        """The network, for as long as the block runs."""
+    def used(self, now: bool = True) -> Iterator[nn.Module | None]:
+        """The network, until the outermost such block ends. Not `now`: it is read when a block inside needs it."""
+        self._uses += 1
         try:
-            yield self.module
+            yield self.module if now else None
         finally:
-            if self._free:
+            self._uses -= 1
+            if self._free and not self._uses:
                 self._module = None
+
+
+def finite(values: Tensor, network: str, also: str = "") -> Tensor:
+    """What a network returned. Raises ValueError naming the network where it is NaN or infinite."""
+    if not values.isfinite().all():
+        raise ValueError(f"{network} returned NaN or infinity: try another dtype (bfloat16 and float32 reach further "
+                         f"than float16){also}, and check its file with python -m weights FILE --check")
+    return values
 
 
 class StreamedBlocks(nn.ModuleList):

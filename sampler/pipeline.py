@@ -1,5 +1,6 @@
 """`Pipeline`: a checkpoint on disk, then a prompt in and pictures out."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from .defaults import find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
 from .kontext import reference_pixels
 from .methods import Method
-from .parts import Part, load_streamed
+from .parts import Part, finite, load_streamed
 from .schedule import Schedule, starting_noise
+
+Encoded = tuple[tuple[Tensor, Tensor], Tensor | None]  # context and pooled of the prompts; the reference's latent
 
 
 class Pipeline:
@@ -34,7 +37,7 @@ class Pipeline:
         self.config, self.downscale = config, downscale  # the transformer's; pixels for each latent, along a side
         self.schedule, self.defaults = schedule, defaults
         self.dtype, self.device = dtype, device  # that the transformer computes in
-        self.files = files  # what was taken from where, by part
+        self.files = files  # what it was taken for, and the file or folder of each part
 
     @classmethod
     def load(cls, name_or_path: str | Path | None = None, dtype: torch.dtype | None = None,
@@ -85,7 +88,8 @@ class Pipeline:
                    autoencoder=Part(partial(vae.load, dtype or wide, device), free), text=text, config=main.config,
                    downscale=vae.config.downscale, schedule=find_schedule(found, settings, shift), defaults=settings,
                    dtype=dtype or main.dtype, device=device,
-                   files={role: str(part.path) for role, part in found.parts.items()})
+                   files={"variant": f"{found.variant} ({found.told})" if found.told else found.variant,
+                          **{role: str(part.path) for role, part in found.parts.items()}})
 
     @property
     def transformer(self) -> MMDiT:
@@ -108,7 +112,8 @@ class Pipeline:
                  negative_prompt: str | None = None, image: Image.Image | None = None,
                  true_guidance: float | None = None, skip_layer_guidance: SkipLayerGuidance | None = None,
                  repulsion: Repulsion | None = None, method: Method | None = None,
-                 progress: str | None = None) -> list[Image.Image]:
+                 progress: str | None = None, encoded: Encoded | None = None,
+                 decode: bool = True) -> list[Image.Image] | tuple[Tensor, Encoded]:
         """A batch of pictures of one prompt, repelling each other if `repulsion` is given.
 
         steps, guidance, height and width (pixels) default to the checkpoint's. The noise of picture i depends on
@@ -119,8 +124,10 @@ class Pipeline:
         to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
         (SD3.5-medium). The samples of each branch repel each other, those of the third as well. `method` is another
         way to make them differ, see `sampler.methods`, alone or beside repulsion; one that starts with more candidates
-        than pictures takes as much `noise`. `progress` names a progress bar.
-        Raises ValueError naming the argument that is wrong.
+        than pictures takes as much `noise`. `progress` names a progress bar. Without `decode` the result is the latents
+        (images, c, height / 8, width / 8), for `Pipeline.decode`, and what prompts and picture were encoded to, which
+        another call with the same ones may be given as `encoded`.
+        Raises ValueError naming the argument that is wrong, or the network that returned NaN or a flat picture.
         """
         method = method or Method()  # plain sampling
         steps = self.defaults.steps if steps is None else steps
@@ -131,16 +138,16 @@ class Pipeline:
         method.check(guided=weight is not None or self.config.guidance_embedding)
         usual = self.defaults.height * self.defaults.width  # the area of its own pictures
         pixels = None if image is None else reference_pixels(image, usual, self.multiple)
-        height, width = self._size(height, width, pixels)
+        height, width = self._size(height, width, pixels, images)
         sigmas = self.sigmas(steps, height, width)
         draw = partial(self._noise, seed=seed, height=height, width=width, noise=noise)
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
 
-        texts = self.text(*prompts)
-        reference = None
-        if pixels is not None:
+        texts, reference = encoded or (self.text(*prompts), None)
+        if pixels is not None and encoded is None:
             with self.parts["autoencoder"].used() as autoencoder:
-                reference = autoencoder.encode(pixels.to(self.device, next(autoencoder.parameters()).dtype))
+                dtype = next(autoencoder.parameters()).dtype
+                reference = finite(autoencoder.encode(pixels.to(self.device, dtype)), "the autoencoder's encoder")
         noise = method.noise(draw, images)
 
         def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
@@ -153,9 +160,22 @@ class Pipeline:
                 repulsion=repulsion, skip_layers=skip_layer_guidance,
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
-        with self.parts["autoencoder"].used() as autoencoder:  # one by one: decoding takes the most memory
+        finite(latent, "the transformer", also=", or a lower guidance or strength")
+        return self.decode(latent) if decode else (latent, (texts, reference))
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> list[Image.Image]:
+        """The pictures of latents (b, c, H, W). Raises ValueError where the autoencoder returns NaN or one color."""
+        pictures = []
+        with self.parts["autoencoder"].used() as autoencoder:
             dtype = next(autoencoder.parameters()).dtype
-            return [to_picture(autoencoder.decode(x[None].to(dtype))[0].float()) for x in latent]
+            for x in latent:  # one by one: decoding takes the most memory
+                pixels = finite(autoencoder.decode(x[None].to(dtype))[0], "the autoencoder")
+                pictures.append(to_picture(pixels.float()))
+                if all(low == high for low, high in pictures[-1].getextrema()):
+                    raise ValueError("the autoencoder returned a picture of a single color: try another dtype, and "
+                                     "check its file with python -m weights FILE --check")
+        return pictures
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The checkpoint's own schedule for pictures of this size in pixels: (steps + 1,)."""
@@ -170,14 +190,23 @@ class Pipeline:
             raise ValueError(f"noise must have the shape {(images, *shape)}, got {tuple(noise.shape)}")
         return noise.to(self.device, torch.float32)
 
-    def _size(self, height: int | None, width: int | None, pixels: Tensor | None) -> tuple[int, int]:
+    def _size(self, height: int | None, width: int | None, pixels: Tensor | None, images: int) -> tuple[int, int]:
         """Height and width: the caller's, the reference picture's, or the checkpoint's."""
         usual = (self.defaults.height, self.defaults.width) if pixels is None else pixels.shape[2:]
         height, width = (wanted if side is None else side for side, wanted in zip((height, width), usual, strict=True))
+        table = self.config.position_table_size if self.config.position == "table" else None
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.multiple:
                 near = max(1, round(side / self.multiple)) * self.multiple
                 raise ValueError(f"{name} {side} is no multiple of {self.multiple}: the nearest that works is {near}")
+            if table and side > table * self.multiple:
+                raise ValueError(f"{name} {side}: this checkpoint's position table ends at {table} × {table} patches, "
+                                 f"{table * self.multiple} pixels a side")
+        noise = 4 * self.config.latent_channels // self.downscale**2  # bytes a pixel
+        least = height * width * (images * (noise + 3) + 12)  # the noise, the pictures, one of them in float32
+        if hasattr(os, "sysconf") and least > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise ValueError(f"images {images}, height {height} and width {width}: noise and pictures alone take "
+                             f"{least >> 30:,} GiB, more than this machine has: ask for fewer or smaller pictures")
         return height, width
 
     def _check(self, prompt, images, image, skip) -> None:
@@ -187,16 +216,20 @@ class Pipeline:
             raise ValueError(f"images must be at least 1, got {images}")
         if image is not None and not isinstance(image, Image.Image):
             raise ValueError(f"image must be a PIL image, got a {type(image).__name__}: open the file with PIL")
-        if image is not None and self.config.position != "rope":
-            raise ValueError("image: a reference picture needs rotary positions, which FLUX.1-Kontext has and this "
-                             "checkpoint has not: leave it out, or load a Kontext checkpoint")
+        if image is not None and not self.defaults.edits:
+            raise ValueError("image: this checkpoint edits no pictures: leave it out, or load FLUX.1-Kontext, which is "
+                             "recognized by kontext in the name of its file or folder, or by variant")
+        if image is not None and image.mode in ("F", "I"):
+            raise ValueError(f"image has mode {image.mode}, 32 bits a pixel, whose range of values is unknown: scale "
+                             "it to 0 … 255 and convert it to RGB")
         if skip is not None and max(skip.layers) >= self.config.num_dual_blocks:
             raise ValueError(f"skip-layer guidance skips layer {max(skip.layers)}, but this model's dual-stream blocks "
                              f"end at {self.config.num_dual_blocks - 1}")
 
     def _classifier_free(self, guidance, true_guidance, negative_prompt, skip) -> float | None:
         """The weight of classifier-free guidance, or None for a call without it."""
-        flux, distilled = self.text.family == "flux", self.config.guidance_embedding
+        distilled = self.config.guidance_embedding
+        flux = self.text.family == "flux" and (distilled or self.defaults.guidance is None)  # not de-distilled
         for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value}")
@@ -221,9 +254,12 @@ class Pipeline:
 def usable_device(name: str | torch.device) -> torch.device:
     """The device of this name. Raises ValueError where this machine or this build of torch has none such."""
     try:
-        return torch.empty(0, device=name).device
+        numbers = torch.zeros(1, device=name)
+        numbers.tolist()  # which "meta" cannot
+        return numbers.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        why = "torch lacks it" if isinstance(error, NotImplementedError) else str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {why}") from error
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -23,13 +23,15 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
     """Vendi score of a batch, from 1 (all alike) to its size; in the tiny world also what each picture shows.
 
     In the tiny world the score is of the attributes that the pictures share; elsewhere of their pixels less the mean
-    color, a coarse measure. `adherence`, 0 to 1, is the share of the prompted attributes that are present, or None
-    for prompts outside the tiny world's grammar.
+    color, a coarse measure, in which all pictures of a single color are alike. `adherence`, 0 to 1, is the share of the
+    prompted attributes that are present, or None for prompts outside the tiny world's grammar.
     """
     pixels = to_pixels(pictures)
     if world != "tiny":
-        vectors = pixels.flatten(2) - pixels.mean(dim=(2, 3))[:, :, None]
-        return {"vendi": round(vendi_score(vectors.flatten(1)).item(), 4), "vendi_of": "pixels"}
+        vectors = (pixels - pixels.mean(dim=(2, 3), keepdim=True)).flatten(1)
+        flat = (pixels.amax((2, 3)) == pixels.amin((2, 3))).all(dim=1, keepdim=True)
+        vectors = torch.cat([vectors.masked_fill(flat, 0), flat], dim=1)  # without it they would have no direction
+        return {"vendi": round(vendi_score(vectors).item(), 4), "vendi_of": "pixels"}
     scenes = read(pixels)
     try:
         asked = parse(prompt)

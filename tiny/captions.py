@@ -8,17 +8,19 @@ from .world import ARRANGEMENTS, COLORS, GROUNDS, SHAPES, SIZES, TEXTURES, Scene
 POSITION_WORDS = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
                   "center": "in the center"}  # fmt: skip
 REVERSED = {"left of": "right of", "above": "below"}
-SYNONYMS = {"grey": "gray", "background": "ground", "the": "a", "an": "a", "middle": "center", "violet": "purple",
-            "big": "large", "centre": "center", "at": "on", "in": "on", "under": "below"}  # fmt: skip
-WORDS = (  # every word that a caption can hold, the comma included
+ALIKE = {"the": "a", "an": "a", "at": "on", "in": "on"}
+INSTEAD = {"grey": "gray", "background": "ground", "middle": "center", "violet": "purple", "big": "large",
+           "centre": "center", "under": "below"}  # of words that no checkpoint was trained on
+WORDS = (  # every word of the captions that the checkpoints were trained on, the comma included
     *SHAPES, *COLORS, *SIZES, *GROUNDS, *TEXTURES, *ARRANGEMENTS[1], "above", "below", "of", "row", "column",
-    "a", "an", "the", "on", "at", "in", "and", ",", "shape", "ground", "nothing",
+    "a", "an", "the", "on", "at", "in", "and", ",", "shape", "ground",
 )  # fmt: skip
 
 
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
     """A caption with every specified attribute of a (partial) scene: lower case, at most 22 words of WORDS.
 
+    A scene without things, on which no checkpoint was trained, is "nothing".
     With `rng`, half of the pairs are described in the reverse order ("right of", "below"), with the same meaning.
     """
     names = [article(" ".join(filter(None, (t.size, t.color, t.shape or "shape")))) for t in scene.things]
@@ -45,14 +47,15 @@ def article(noun: str) -> str:
 
 
 def parse(prompt: str) -> Scene:
-    """The partial scene that a prompt describes: the inverse of `describe`, lenient in case, articles and synonyms.
+    """The partial scene that a prompt describes: the inverse of `describe`, lenient in case and articles.
 
-    Raises ValueError naming the first unknown word, or the phrase that cannot be parsed.
+    Raises ValueError naming the first word that no checkpoint was trained on, or the phrase that cannot be parsed.
     """
     words = re.findall(r"\w+|[^\w\s]", prompt.lower().strip().rstrip("."))
-    if unknown := [word for word in words if word not in WORDS and word not in SYNONYMS]:
-        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; known words: {' '.join(WORDS)}")
-    words = [SYNONYMS.get(word, word) for word in words]
+    if unknown := [word for word in words if word not in WORDS]:
+        known = f"say {INSTEAD[unknown[0]]!r}" if unknown[0] in INSTEAD else f"known words: {' '.join(WORDS)}"
+        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; {known}")
+    words = [ALIKE.get(word, word) for word in words]
     text = " ".join(word for word in words if word != "a")  # no article is left, and "at" and "in" became "on"
 
     texture, ground = None, None
@@ -66,8 +69,7 @@ def parse(prompt: str) -> Scene:
         if arrangement in REVERSED.values():
             arrangement, first, second = {v: k for k, v in REVERSED.items()}[arrangement], second, first
         text = f"{first} and {second}"
-    phrases = re.split(r" ?, and | ?, | and ", text) if text != "nothing" else []
-    things = tuple(parse_thing(phrase, prompt) for phrase in phrases)
+    things = tuple(parse_thing(phrase, prompt) for phrase in re.split(r" ?, and | ?, | and ", text))
     if len(things) > 3:
         raise ValueError(f"{len(things)} things in {prompt!r}; a picture holds at most 3")
     if arrangement not in (None, *ARRANGEMENTS.get(len(things), ())):

@@ -27,6 +27,7 @@ class Settings:
     shift: float | None = None  # of the schedule, without a scheduler_config.json; None: by picture size
     prompt_tokens: int | None = None  # of T5; None: as many as the family reads
     repulsion: Repulsion | None = None
+    edits: bool = False  # whether it takes a picture to edit
     world: str | None = None  # "tiny": pictures that `tiny.reader` can read
 
 
@@ -47,7 +48,7 @@ _SD3 = Settings(28, 4.5, shift=3.0)
 PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # of several with one transformer's sizes, the first whose names match counts; the last where none does
     "flux1-kontext-dev": ("black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors", r"kontext",
-                          Settings(28, 2.5, repulsion=_FLUX)),
+                          Settings(28, 2.5, repulsion=_FLUX, edits=True)),
     "flux1-dev": ("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors", r"flux[^a-z]*dev(?![a-z])",
                   Settings(28, 3.5, repulsion=_FLUX)),
     # trained on without the guidance embedding, for classifier-free guidance: a transformer like schnell's
@@ -74,10 +75,9 @@ FAMILIES = {
     "sd3": {"transformer": "transformer/ or sd3.5_medium.safetensors, for example",
             "autoencoder": "vae/ or sd3.5_medium.safetensors, for example",
             "clip_l": "text_encoder/ or clip_l.safetensors", "clip_g": "text_encoder_2/ or clip_g.safetensors",
-            "t5": "text_encoder_3/ or t5xxl_fp16.safetensors", "tokenizer of clip_l": "tokenizer/",
-            "tokenizer of clip_g": "tokenizer_2/", "tokenizer of t5": "tokenizer_3/"},
+            "t5": "text_encoder_3/ or t5xxl_fp16.safetensors, optional", "tokenizer of clip_l": "tokenizer/",
+            "tokenizer of clip_g": "tokenizer_2/", "tokenizer of t5": "tokenizer_3/, with t5"},
 }
-OPTIONAL = {"flux": (), "sd3": ("t5", "tokenizer of t5")}
 
 
 def told_by_name(candidates: Collection[str], path: Path) -> str | None:
@@ -86,12 +86,7 @@ def told_by_name(candidates: Collection[str], path: Path) -> str | None:
     Its own name counts, then that of the folder around it, or of the repository where it lies in the hub's cache,
     models--org--name/snapshots/<hash>/transformer/…; then the same of what a link leads to.
     """
-    for place in (path.absolute(), path.resolve()):
-        parts = [part for part in place.parts if part != "transformer"]
-        if "snapshots" in parts:
-            del parts[parts.index("snapshots") : parts.index("snapshots") + 2]
-        for part in parts[:-3:-1]:
-            for name in PUBLIC:
-                if name in candidates and re.search(PUBLIC[name].called, part.lower()):
-                    return name
-    return None
+    paths = [re.sub("/(transformer|snapshots/[^/]+)(?=/|$)", "", place.as_posix().lower())
+             for place in (path.absolute(), path.resolve())]
+    return next((name for path in paths for part in path.split("/")[:-3:-1] for name in PUBLIC
+                 if name in candidates and re.search(PUBLIC[name].called, part)), None)

@@ -100,10 +100,6 @@ class HubClass(NamedTuple):
     fixed: dict[str, tuple]  # entries with one meaning here: the values that are read, the first of which is written
     written: Json = {}  # other entries that from_pretrained needs
 
-    @property
-    def names(self) -> dict[str, str]:
-        return {pair.split("=")[0]: pair.split("=")[-1] for pair in self.entries.split()}
-
 
 _TRANSFORMER = """num_heads=num_attention_heads head_dim=attention_head_dim num_dual_blocks=num_layers
                   context_dim=joint_attention_dim pooled_dim=pooled_projection_dim """
@@ -118,7 +114,7 @@ _T5 = HubClass(T5Config, """vocab_size hidden_size=d_model head_dim=d_kv interme
 HUB_CLASSES = {
     "FluxTransformer2DModel": HubClass(
         MMDiTConfig, _TRANSFORMER + """patch_dim=in_channels num_single_blocks=num_single_layers
-        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope""", {"patch_size": (1,)}),
+        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope""", {"patch_size": (1, None)}),
     "SD3Transformer2DModel": HubClass(
         MMDiTConfig, _TRANSFORMER + """latent_channels=in_channels patch_size hidden_size=caption_projection_dim
         position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers""",
@@ -126,7 +122,7 @@ HUB_CLASSES = {
     "AutoencoderKL": HubClass(
         AutoencoderConfig, """channels=block_out_channels latent_channels blocks_per_level=layers_per_block
         norm_groups=norm_num_groups scaling=scaling_factor shift=shift_factor""",
-        {"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu", None), "use_quant_conv": (False,),
+        {"in_channels": (3, None), "out_channels": (3, None), "act_fn": ("silu", None), "use_quant_conv": (False,),
          "use_post_quant_conv": (False,), "mid_block_add_attention": (True, None)},
         {"sample_size": 1024, "force_upcast": True}),
     "CLIPTextModel": _CLIP,
@@ -146,35 +142,35 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
     does not fit, makes no sense or is not supported; the caller adds the file's name.
     """
     kind, hub = part.kind, part.config if part.layout in part.kind.layouts[1:] else None
-    if not isinstance(given, kind.config | None):
-        raise CheckpointError(f"config is a {type(given).__name__}, expected a {kind.config.__name__}")
     if given is not None:
         return given
     found = fields(part)
     if hub is None:
         rest = LATENTS[family] if family and kind.config is AutoencoderConfig else usual(part, found)
         return kind.config(**rest | found)
-    architectures = hub.get("architectures")
-    name = hub.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
-    known = HUB_CLASSES.get(name) if isinstance(name, str) else None
+    name = str(hub.get("_class_name") or next(iter(hub.get("architectures") or ()), None))
+    known = HUB_CLASSES.get(name)
     if known is None or known.config is not kind.config:
         names = " or ".join(name for name, other in HUB_CLASSES.items() if other.config is kind.config)
-        raise CheckpointError(f"config.json describes a {name!s:.60}, expected {names}: give another folder")
-    if name == "AutoencoderKL":  # what diffusers takes for missing entries
-        hub = {"use_quant_conv": True, "use_post_quant_conv": True, **hub}
-    for key, values in known.fixed.items():
-        if key in hub and hub[key] not in values:
-            raise CheckpointError(f"config.json has {key} {hub[key]!r:.60}, expected {' or '.join(map(repr, values))}: "
-                                  "models of this kind are not supported")
-    stated = {our: hub.get(key) for our, key in known.names.items() if our in REST and our not in found}
+        raise CheckpointError(f"config.json describes a {name:.60}, expected {names}: give another folder")
+    for key, values in known.fixed.items():  # None: the entry may be missing
+        if hub.get(key) not in values:
+            raise CheckpointError(f"config.json has {key} {hub.get(key)!r:.60}, expected one of {values}: give another "
+                                  "model")
+    names = entries_of(known)
+    stated = {our: hub.get(key) for our, key in names.items() if our in REST and our not in found}
     rest = {our: REST[our][1] if value is None else value for our, value in stated.items()}
     for our, value in rest.items():
         types = {float: (float, int)}.get(REST[our][0], (REST[our][0],))
         if type(value) not in types or int in types and not (-1e9 if our == "shift" else 1e-9) < value < 1e9:
-            raise CheckpointError(f"config.json has {known.names[our]} {value!r:.60}: download it again")
+            raise CheckpointError(f"config.json has {names[our]} {value!r:.60}: download it again")
     if kind.config is ClipConfig and rest["end_token"] == 2:  # a known error in most public files
         rest["end_token"] = found["vocab_size"] - 1
     return kind.config(**rest | found)
+
+
+def entries_of(known: HubClass) -> dict[str, str]:
+    return {pair.split("=")[0]: pair.split("=")[-1] for pair in known.entries.split()}
 
 
 def to_hub(config: Config) -> dict[str, Any]:
@@ -184,7 +180,7 @@ def to_hub(config: Config) -> dict[str, Any]:
                 and ("Projection" in name) == (getattr(config, "projection_dim", None) is not None))
     known = HUB_CLASSES[name]
     hub = {"_class_name": name} if known.config in (MMDiTConfig, AutoencoderConfig) else {"architectures": [name]}
-    values = {key: getattr(config, our) for our, key in known.names.items()}
+    values = {key: getattr(config, our) for our, key in entries_of(known).items()}
     hub |= {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     hub |= {key: values[0] for key, values in known.fixed.items()} | dict(known.written)
     if name == "SD3Transformer2DModel":

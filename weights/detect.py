@@ -14,7 +14,7 @@ from torch import nn
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 
 from . import configs, tables
-from .checkpoints import FAMILIES, OPTIONAL, PUBLIC, told_by_name
+from .checkpoints import FAMILIES, PUBLIC, told_by_name
 from .files import PICKLES, STEMS, SUFFIXES, TensorEntry, find_weights, lacking, list_tensors, read_json, resolve
 from .layouts import CheckpointError, Layout, Sizes
 
@@ -24,23 +24,21 @@ PathLike = str | os.PathLike
 class Kind(NamedTuple):
     """A kind of network: its part in a pipeline, its classes, and its layouts."""
 
-    name: str
     role: str
     module: type[nn.Module]
     config: type
     layouts: tuple[Layout, ...]  # the original, the hub's, others that are read only
 
 
-AUTOENCODERS = (tables.AUTOENCODER_ORIGINAL, tables.AUTOENCODER_HUB)
 KINDS = FLUX, SD3, AUTOENCODER, CLIP, T5 = (
-    Kind("FLUX.1 transformer", "transformer", MMDiT, MMDiTConfig, (tables.FLUX_ORIGINAL, tables.FLUX_HUB)),
-    Kind("SD3 transformer", "transformer", MMDiT, MMDiTConfig, (tables.SD3_ORIGINAL, tables.SD3_HUB)),
-    Kind("autoencoder", "autoencoder", Autoencoder, AutoencoderConfig, AUTOENCODERS),
-    Kind("CLIP text encoder", "clip", ClipTextEncoder, ClipConfig, (tables.CLIP, tables.CLIP, tables.CLIP_BARE)),
-    Kind("T5 encoder", "t5", T5Encoder, T5Config, (tables.T5, tables.T5)),
+    Kind("transformer", MMDiT, MMDiTConfig, (tables.FLUX_ORIGINAL, tables.FLUX_HUB)),
+    Kind("transformer", MMDiT, MMDiTConfig, (tables.SD3_ORIGINAL, tables.SD3_HUB)),
+    Kind("autoencoder", Autoencoder, AutoencoderConfig, (tables.AUTOENCODER_ORIGINAL, tables.AUTOENCODER_HUB)),
+    Kind("clip", ClipTextEncoder, ClipConfig, (tables.CLIP, tables.CLIP, tables.CLIP_BARE)),
+    Kind("t5", T5Encoder, T5Config, (tables.T5, tables.T5)),
 )
 ENCODERS = ("clip_l", "clip_g", "clip", "t5")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+SPELL = ("tokenizer.json", "vocab.json", "spiece.model")
 
 # Patterns of names that only unsupported models have, and what such a file is. The first match counts.
 FOREIGN = {
@@ -106,11 +104,9 @@ class Part:
 
     @property
     def family(self) -> str | None:
-        """Of a transformer, and of an autoencoder whose latents' scaling, prefix or name tells it."""
-        scaling = (self.config or {}).get("scaling_factor")
-        by_scaling = next((name for name, latents in configs.LATENTS.items() if latents["scaling"] == scaling), None)
+        """Of a transformer, and of an autoencoder whose prefix or name tells it."""
         is_sd3 = self.prefix.endswith(tables.AUTOENCODER_ORIGINAL.prefix) or "sd3" in self.path.name.lower()
-        return {FLUX: "flux", SD3: "sd3", AUTOENCODER: by_scaling or ("sd3" if is_sd3 else None)}.get(self.kind)
+        return {FLUX: "flux", SD3: "sd3", AUTOENCODER: "sd3" if is_sd3 else None}.get(self.kind)
 
 
 def read_parts(weights: Path, place: Path) -> list[Part]:
@@ -179,22 +175,17 @@ class Checkpoint:
     tokenizers: dict[str, Path]  # folders by role of the text encoder
     scheduler: Path | None  # scheduler_config.json
     missing: dict[str, str]  # what a pipeline of the family lacks: where the public checkpoints have it
-    interrupted: str | None  # what a download left out, though model_index.json names it
     beside: dict[Path, Exception | str]  # other weight files there: why each was refused, or what it holds
 
     def check(self) -> None:
-        """Raises FileNotFoundError where parts of a pipeline are missing, or the error of a part that was refused."""
-        optional = OPTIONAL.get(self.family, ()) if "t5" not in self.parts else ()
-        lacks = [f"{name} ({where})" for name, where in self.missing.items() if name not in optional]
-        refused = {place: error for place, error in self.beside.items() if isinstance(error, Exception)}
-        for place, error in refused.items():
-            if place.is_dir() or "transformer" not in self.parts:
-                raise error
+        """Raises FileNotFoundError where a pipeline lacks parts, with the errors of the files that were refused."""
+        lacks = [f"{name} ({where})" for name, where in self.missing.items()
+                 if "optional" not in where and ("with t5" not in where or "t5" in self.parts)]
+        refused = [str(error) for error in self.beside.values() if isinstance(error, Exception)]
         if lacks or self.family is None:
-            broken = [f"the download of {self.interrupted} was interrupted"] if self.interrupted else []
             raise FileNotFoundError("; ".join([
-                f"{self.path} is no whole pipeline, it lacks {', '.join(lacks) or 'a transformer'}: put them beside "
-                "it, or give autoencoder, text_encoders or tokenizers", *broken, *map(str, refused.values())]))
+                f"{self.path} is no whole pipeline, it lacks {', '.join(lacks) or 'a transformer'}: put them there, or "
+                "give autoencoder, text_encoders or tokenizers", *refused]))
 
 
 def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | None = None,
@@ -226,15 +217,16 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
     wanted = FAMILIES.get(family, {})
     found = {role: found[role] for role in (wanted if main else sorted(found)) if role in found}
     folder = home if tokenizers is None else resolve(tokenizers)
-    spell = {role.removeprefix("tokenizer of "): folder / name for role, name in wanted.items()
-             if role.startswith("tokenizer") and any((folder / name / file).is_file() for file in TOKENIZER_FILES)}
+    spell = {role.removeprefix("tokenizer of "): folder / where.split("/")[0] for role, where in wanted.items()
+             if role.startswith("tokenizer") and any((folder / where.split("/")[0] / name).is_file() for name in SPELL)}
     used, is_hub = {part.path for part in found.values()}, (home / "model_index.json").is_file()
     have = {*found, *(f"tokenizer of {role}" for role in spell)}
-    scheduler = home / "scheduler" / "scheduler_config.json"  # a hub folder without it is incomplete
+    if is_hub and (cut := lacking(home)):
+        refused[home / cut] = FileNotFoundError(f"{home / cut} is missing: an interrupted download, run it again")
     return Checkpoint(
-        root, family, *_variant(main, variant), found, spell, scheduler if is_hub or scheduler.is_file() else None,
+        root, family, *_variant(main, variant), found, spell,
+        scheduler=home / "scheduler" / "scheduler_config.json" if is_hub else None,
         missing={name: where for name, where in wanted.items() if name not in have},
-        interrupted=lacking(home) if is_hub else None,
         beside={**refused, **{part.path: f"holds {part.role}" for part in parts if part.path not in used}})
 
 
@@ -245,7 +237,7 @@ def find_parts(path: PathLike, roles: Sequence[str], component: str | None = Non
     parts = [part for part in inspect_checkpoint(root).parts.values() if root.is_dir() or part.path == root]
     if found := [part for part in parts if part.role in roles or (part.role == "clip" and "clip" in "".join(roles))]:
         return found
-    held = " and ".join(f"{part.kind.name} ({part.layout.name} layout)" for part in parts)
+    held = " and ".join(f"{part.role} ({part.layout.name})" for part in parts)
     raise CheckpointError(f"{root} holds no {' or '.join(roles)} but {held}: give another file")
 
 

@@ -57,16 +57,12 @@ def _bits(dtype: str) -> int:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The entry of every tensor. Raises FileNotFoundError, or CheckpointError that says what is wrong with the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist or is no file: download it again")
-    if file.suffix in PICKLES:
-        raise CheckpointError(f"{file} is {PICKLE}")
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: TensorEntry(file, name, tensor.get_dtype(), tuple(tensor.get_shape()))
                     for name, tensor in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{file} is {_what_else(file) or f'damaged ({error}): download it again'}") from error
 
 
@@ -193,8 +189,6 @@ def lacking(folder: Path, component: str | None = None) -> str | None:
     """The first part of a hub folder that is not there or not whole, though model_index.json or an index of shards
     names it: a download was interrupted. None: nothing is missing. With `component`, of that folder alone."""
     index = read_json(folder / "model_index.json") or {}
-    if component and not (folder / component).is_dir() and any(folder.glob("*.safetensors")):
-        return None  # a repository of original files
     listed = [name for name, about in index.items() if isinstance(about, list) and all(about)]
     for name in [component] if component else listed:
         here = {file.name for file in (folder / name).glob("*") if file.exists()}  # a link may lead nowhere

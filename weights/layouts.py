@@ -44,13 +44,9 @@ def _swap_halves(x: Tensor, p: int) -> Tensor:
 
 def _rearranged(pattern: str) -> Transform:
     """The transform that reads with an einops pattern and writes with its reverse; (ph, pw) are a patch's sides."""
-    left, right = pattern.split(" -> ")
-
-    def sides(p: int) -> dict[str, int]:
-        return {"ph": p, "pw": p} if "ph" in pattern else {}
-
-    return Transform(lambda x, p: rearrange(x, pattern, **sides(p)),
-                     lambda x, p: rearrange(x, f"{right} -> {left}", **sides(p)))
+    sides, reverse = ("ph", "pw") if "ph" in pattern else (), " -> ".join(pattern.split(" -> ")[::-1])
+    return Transform(lambda x, p: rearrange(x, pattern, **dict.fromkeys(sides, p)),
+                     lambda x, p: rearrange(x, reverse, **dict.fromkeys(sides, p)))
 
 
 UNCHANGED = Transform(lambda x, p: x, lambda x, p: x)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
@@ -51,10 +51,9 @@ def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
 
 def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None) -> None:
     path, config, hub = Path(path), model.config, layout == "hub"
-    if layout not in ("original", "hub"):
-        raise CheckpointError(f'layout must be "original" or "hub", got {layout!r}')
-    if max_shard_bytes is not None and (not hub or max_shard_bytes < 1):
-        raise CheckpointError(f'max_shard_bytes is for layout "hub", and at least 1, got {max_shard_bytes}')
+    if layout not in ("original", "hub") or (max_shard_bytes is not None and (not hub or max_shard_bytes < 1)):
+        raise CheckpointError(f'layout must be "original" or "hub", got {layout!r}, and max_shard_bytes, for "hub", at '
+                              f"least 1, got {max_shard_bytes}")
     if hub == (path.suffix == ".safetensors") or (path.exists() and hub != path.is_dir()):
         raise CheckpointError(f"{path}: give a folder for the hub layout, a name in .safetensors for the original one")
     usual = re.compile(r"config\.json|.*\.safetensors(\.index\.json)?")
@@ -65,23 +64,15 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
         raise CheckpointError(f"{scaled[0]} is not written: load float8 weights in bfloat16, without keep_float8")
     of_flux = kind is AUTOENCODER and config.scaling != configs.LATENTS["sd3"]["scaling"]
     prefix = "" if of_flux else names.prefix
-    tensors = {prefix + theirs: tensor.detach().contiguous()
+    tensors = {prefix + theirs: tensor.detach().clone() if hub else tensor.detach().contiguous()
                for _, theirs, tensor in names.split(model.state_dict(), configs.sizes_of(config))}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         if hub:
-            new.mkdir()
-            stem = STEMS[kind in (CLIP, T5)]
-            plan = split_torch_state_dict_into_shards(  # on meta, where no two tensors share their memory
-                {name: tensor.to("meta") for name, tensor in tensors.items()},
-                filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_bytes or 2**62)
-            for file, names_there in plan.filename_to_tensors.items():
-                save_file({name: tensors[name] for name in names_there}, new / file, metadata={"format": "pt"})
-            if plan.is_sharded:
-                index = json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}, indent=2)
-                (new / f"{stem}.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+            save_torch_state_dict(tensors, new, filename_pattern=STEMS[kind in (CLIP, T5)] + "{suffix}.safetensors",
+                                  max_shard_size=max_shard_bytes or 2**62)
             (new / "config.json").write_text(json.dumps(configs.to_hub(config), indent=2) + "\n", encoding="utf-8")
             if (found := open_part(read_parts(find_weights(new), path)[0]).config) != config:
                 raise CheckpointError(f"the {names.name} layout cannot store this model: read again it is {found}")

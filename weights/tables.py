@@ -22,16 +22,13 @@ FLUX_ORIGINAL = Layout(
         ("single_blocks.{i}.modulation", "single_blocks.{i}.modulation.lin"),
         ("single_blocks.{i}.linear_{in,out}", "single_blocks.{i}.linear{1,2}"),
         ("single_blocks.{i}.norm_{q,k}.weight", "single_blocks.{i}.norm.{query,key}_norm.scale"),
-        ("final_modulation", "final_layer.adaLN_modulation.1"),
-        ("image_out", "final_layer.linear"),
+        ("{final_modulation,image_out}", "final_layer.{adaLN_modulation.1,linear}"),
 ])
 
 SD3_ORIGINAL = Layout(
     "original SD3", "joint_blocks.0.x_block.attn.qkv.weight", prefix="model.diffusion_model.", rows=[
         ("image_in.weight", "x_embedder.proj.weight", PATCH_CONV),
-        ("image_in.bias", "x_embedder.proj.bias"),
-        ("position_table", "pos_embed"),
-        ("context_in", "context_embedder"),
+        ("{image_in.bias,position_table,context_in}", "{x_embedder.proj.bias,pos_embed,context_embedder}"),
         ("{time,pooled}_in.{in,out}_layer", "{t,y}_embedder.mlp.{0,2}"),
         ("dual_blocks.{i}.{image,context}.modulation", "joint_blocks.{i}.{x,context}_block.adaLN_modulation.1"),
         ("dual_blocks.{i}.{image,context}.mlp.{in,out}_layer", "joint_blocks.{i}.{x,context}_block.mlp.{fc1,fc2}"),
@@ -58,20 +55,17 @@ _HUB_ROWS = [
 
 FLUX_HUB = Layout(
     "hub FLUX.1", "single_transformer_blocks.0.attn.to_q.weight", rows=[
-        ("image_in", "x_embedder"),
+        ("{image_in,image_out}", "{x_embedder,proj_out}"),
         *_HUB_ROWS,
-        ("single_blocks.{i}.modulation", "single_transformer_blocks.{i}.norm.linear"),
+        ("single_blocks.{i}.{modulation,linear_out}", "single_transformer_blocks.{i}.{norm.linear,proj_out}"),
         ("single_blocks.{i}.linear_in", "single_transformer_blocks.{i}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
         ("single_blocks.{i}.norm_{n}", "single_transformer_blocks.{i}.attn.norm_{n}"),
-        ("single_blocks.{i}.linear_out", "single_transformer_blocks.{i}.proj_out"),
-        ("image_out", "proj_out"),
 ])
 
 SD3_HUB = Layout(
     "hub SD3", "pos_embed.pos_embed", rows=[
         ("image_in.weight", "pos_embed.proj.weight", PATCH_CONV),
-        ("image_in.bias", "pos_embed.proj.bias"),
-        ("position_table", "pos_embed.pos_embed"),
+        ("{image_in.bias,position_table}", "pos_embed.{proj.bias,pos_embed}"),
         ("dual_blocks.{last}.context.modulation", "transformer_blocks.{last}.norm1_context.linear", SWAP_HALVES),
         *_HUB_ROWS,
         ("dual_blocks.{i}.image_attention.qkv", "transformer_blocks.{i}.attn2.to_{q,k,v}"),
@@ -134,11 +128,10 @@ CLIP_BARE = replace(CLIP, name="CLIP of transformers 5", sign=CLIP.sign.removepr
 
 T5 = Layout(
     "T5", "encoder.block.0.layer.0.SelfAttention.q.weight", alias=("encoder.embed_tokens", "shared"), rows=[
-        ("token_embedding", "shared"),
+        ("{token_embedding,final_norm}", "{shared,encoder.final_layer_norm}"),
         ("relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
         ("layers.{i}.norm_{1,2}", "encoder.block.{i}.layer.{0,1}.layer_norm"),
         ("layers.{i}.attention.qkv", "encoder.block.{i}.layer.0.SelfAttention.{q,k,v}"),
         ("layers.{i}.attention.out", "encoder.block.{i}.layer.0.SelfAttention.o"),
         ("layers.{i}.mlp.{gate,value,out}", "encoder.block.{i}.layer.1.DenseReluDense.{wi_0,wi_1,wo}"),
-        ("final_norm", "encoder.final_layer_norm"),
 ])

@@ -68,6 +68,6 @@ def test_the_program_proposes_and_shows(capsys, monkeypatch, tmp_path):
     assert tune.main() == 0
     printed = capsys.readouterr().out
     assert "| base |" in printed and "| 0.5 |" in printed
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["base.png", "strength-0.5.png"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["base.png", "strength-0.5.png", "summary.json"]
     monkeypatch.setattr("sys.argv", ["tune", "--blocks", "0-99"])
     assert tune.main() == 2 and "blocks end at 7" in capsys.readouterr().err

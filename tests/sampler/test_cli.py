@@ -11,28 +11,10 @@ from PIL import Image
 from small_pipelines import flux, saved
 
 from repulsion import Repulsion
-from sampler import __main__ as cli
-from sampler import output
+from sampler import options, output, program
 from weights import BUNDLED
 
 PICTURE = Path(__file__).parents[2] / "docs" / "samples.png"
-
-@pytest.fixture
-def call(pipeline, monkeypatch, tmp_path):
-    """Runs the program in this process, with the checkpoint loaded once, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    load = cli.Pipeline.load.__func__
-
-    def quick_load(cls, model, **where):
-        return pipeline if model == "tiny-sd3" else load(cls, model, **where)
-
-    monkeypatch.setattr(cli.Pipeline, "load", classmethod(quick_load))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sampler", *arguments])
-        return cli.main()
-
-    return run
 
 
 def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):
@@ -85,7 +67,7 @@ def test_no_compare_makes_the_repelled_batch_alone(call, tmp_path):
 
 def test_a_picture_is_edited_and_the_summary_says_which(call, tmp_path):
     theirs, _ = saved(flux(FluxKontextPipeline, levels=3, blocks=1), tmp_path / "Small-Kontext")
-    sampling = {"steps": 2, "guidance": 2.5, "height": 64, "width": 64}
+    sampling = {"steps": 2, "guidance": 2.5, "height": 64, "width": 64, "edits": True}
     (tmp_path / "Small-Kontext/sampling.json").write_text(json.dumps(sampling))
     Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).save(tmp_path / "photo.png")
     assert call("a star", "--model", "Small-Kontext", "--image", "photo.png", "--images", "2", "--scale", "1e3",
@@ -124,19 +106,19 @@ def test_ctrl_c_leaves_nothing_half_written(call, tmp_path, monkeypatch, capsys)
 def test_every_option_reaches_the_settings():
     arguments = ["p", "--iterations", "4", "--repel-steps", "5", "--blocks", "0-2,7", "--branches", "conditional"]
     for name, other in (("strength", "scale"), ("scale", "strength")):
-        asked = cli.parser().parse_args([*arguments, f"--{name}", "3"])
+        asked = options.parser().parse_args([*arguments, f"--{name}", "3"])
         for default in (None, Repulsion(**{other: 7.0})):  # one takes the place of the other
-            found = cli.settings(asked, default)
+            found = program.settings(asked, default)
             assert (getattr(found, name), getattr(found, other)) == (3, None)
             assert (found.iterations, found.steps, found.blocks, found.branches) == (4, 5, (0, 1, 2, 7), "conditional")
 
 
 def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_explained():
-    parse = cli.parser().parse_args
+    parse = options.parser().parse_args
     with pytest.raises(ValueError, match="no default repulsion: say --strength, for example 1"):
-        cli.settings(parse(["p"]), None)
+        program.settings(parse(["p"]), None)
     with pytest.raises(ValueError, match="--diversity no longer exists, --strength took its place"):
-        cli.settings(parse(["p", "--diversity", "0.3"]), Repulsion(1.0))
+        program.settings(parse(["p", "--diversity", "0.3"]), Repulsion(1.0))
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -154,7 +136,7 @@ def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_expla
     (["a circle", "--model", str(BUNDLED["tiny-sd3"]), "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     (["a circle", "--image", "photo.png"], "--image photo.png is no picture that can be read ([Errno 2] No such file"),
     (["a circle", "--image", __file__], "test_cli.py is no picture that can be read"),
-    (["a circle", "--image", str(PICTURE)], "a reference picture needs rotary positions, which FLUX.1-Kontext has"),
+    (["a circle", "--image", str(PICTURE)], "image: this checkpoint edits no pictures"),
     (["a circle", "--true-guidance", "3"], "true_guidance is for FLUX.1"),
     (["a circle", "--skip-scale", "3"], "--skip-scale needs --skip-layers"),
     (["a circle", "--skip-layers", "7-9"], "skips layer 9, but this model's dual-stream blocks end at 7"),
@@ -170,7 +152,7 @@ def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, a
                                        ["a circle", "--skip-layers", "middle"], []])
 def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
-        cli.parser().parse_args(arguments)
+        options.parser().parse_args(arguments)
     assert stop.value.code == 2
 
 
@@ -196,7 +178,7 @@ def test_as_a_process_a_truncated_file_is_one_line_and_exit_code_2(tmp_path):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parser().parse_args(["--help"])
+        options.parser().parse_args(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for word in ("examples:", "--scale", "--repel-steps", "entropy", "outputs/<prompt>"):

@@ -103,7 +103,8 @@ def both(tmp_path_factory):
 def small(both):
     """The same checkpoint with pictures of 64 × 64 pixels for its own, and a reference of that area: quick."""
     folder = shutil.copytree(both[2], both[2].with_name("quick"))
-    (folder / "sampling.json").write_text(json.dumps({"steps": 2, "guidance": 2.5, "height": 64, "width": 64}))
+    sampling = {"steps": 2, "guidance": 2.5, "height": 64, "width": 64, "edits": True}
+    (folder / "sampling.json").write_text(json.dumps(sampling))
     return Pipeline.load(folder)
 
 
@@ -146,6 +147,6 @@ def test_an_image_that_is_a_path_is_refused(small):
         small("a star", 1, image="photo.png")
 
 
-def test_a_model_without_rotary_positions_names_the_one_that_has_them(pipeline):
-    with pytest.raises(ValueError, match="reference picture needs rotary positions, which FLUX.1-Kontext has"):
+def test_a_model_that_edits_no_pictures_names_the_one_that_does(pipeline):
+    with pytest.raises(ValueError, match="image: this checkpoint edits no pictures"):
         pipeline("a star", 1, image=photo(64, 64))

@@ -12,7 +12,7 @@ from test_pipeline import pixels
 
 from repulsion import Repulsion
 from sampler import __main__ as cli
-from sampler import options, starting_noise
+from sampler import options, program, starting_noise
 from sampler.methods import CADS, METHODS, SPARKE, DiverseFlow, GroupSelection, IntervalGuidance, ParticleGuidance
 from sampler.methods.diverseflow import JITTER, log_likelihood_gradient
 from sampler.methods.method import CAP, Method, score_to_velocity
@@ -261,25 +261,25 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys):
         parsed("--method", "cad")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and all(name in error for name in METHODS)
-    assert options.method(parsed("--strength", "1")) is None  # of repulsion, the default
-    assert options.settings(parsed("--strength", "1"), Repulsion(2.0)) == Repulsion(1.0)
+    assert program.method(parsed("--strength", "1")) is None  # of repulsion, the default
+    assert program.settings(parsed("--strength", "1"), Repulsion(2.0)) == Repulsion(1.0)
     with pytest.raises(ValueError, match="CADS's strength"):
-        options.method(parsed("--method", "cads", "--strength", "nan"))
+        program.method(parsed("--method", "cads", "--strength", "nan"))
 
 
 def test_a_method_takes_the_place_of_repulsion_unless_that_is_asked_for():
-    assert options.method(parsed("--method", "sparke", "--strength", "0.4")) == SPARKE(0.4)
-    assert options.method(parsed("--method", "sgi")) == GroupSelection() and options.method(parsed()) is None
+    assert program.method(parsed("--method", "sparke", "--strength", "0.4")) == SPARKE(0.4)
+    assert program.method(parsed("--method", "sgi")) == GroupSelection() and program.method(parsed()) is None
     default = Repulsion(strength=0.1)
-    assert options.settings(parsed("--method", "cads"), default) is None
-    assert options.settings(parsed("--method", "cads", "--repel-steps", "3"), default) == replace(default, steps=3)
-    assert options.settings(parsed(), default) == default
+    assert program.settings(parsed("--method", "cads"), default) is None
+    assert program.settings(parsed("--method", "cads", "--repel-steps", "3"), default) == replace(default, steps=3)
+    assert program.settings(parsed(), default) == default
 
 
 @pytest.mark.parametrize("also", [(), ("--iterations", "2")])
 def test_the_program_writes_the_methods_batch_beside_the_typical_one(pipeline, monkeypatch, tmp_path, capsys, also):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.Pipeline, "load", classmethod(lambda cls, *where, **options: pipeline))
+    monkeypatch.setattr(program.Pipeline, "load", classmethod(lambda cls, *where, **options: pipeline))
     monkeypatch.setattr(sys, "argv", ["sampler", "a star", "--images", "1", "--steps", "2", "--method", "cads", *also])
     assert cli.main() == 0
     folder = tmp_path / "outputs" / "a-star"

@@ -143,7 +143,7 @@ def test_pixels_are_rounded_and_clipped():
     ({"noise": torch.zeros(2, 6, 8, 8)}, r"noise must have the shape \(2, 6, 16, 16\), got \(2, 6, 8, 8\)"),
     ({"guidance": 1.0, "negative_prompt": "a star"}, "negative_prompt needs classifier-free guidance"),
     ({"prompt": "a red circle and " * 9}, r"the prompt has \d+ tokens and this checkpoint reads 24"),
-    ({"image": Image.new("RGB", (64, 64))}, "a reference picture needs rotary positions"),
+    ({"image": Image.new("RGB", (64, 64))}, "image: this checkpoint edits no pictures"),
 ])  # fmt: skip
 def test_wrong_calls_name_the_argument(pipeline, call, message):
     with pytest.raises(ValueError, match=message):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from sampler.output import fit, free_folder, grid
+from sampler.output import fit, grid
 from sampler.pipeline import to_picture
 from sampler.report import describe_batch, table, to_pixels
 from tiny.world import Scene, Thing, count_attributes, render
@@ -38,6 +39,17 @@ def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attribu
     assert other["vendi_of"] == "pixels" and "adherence" not in other and 1 <= other["vendi"] < 1.2
 
 
+def test_equal_pictures_score_one_and_pictures_of_one_color_are_alike():
+    flat = [Image.new("RGB", (8, 8), color) for color in ("red", "navy", (17, 17, 17))]
+    (scene,) = pictures(RED)
+    for batch, score in ((flat[:1] * 4, 1), (flat, 1), ([scene] * 5, 1), ([flat[0].resize((64, 64)), scene], 2),
+                         ([flat[0].resize((64, 64)), scene, flat[1].resize((64, 64))], 3 / 2 ** (2 / 3))):
+        # one kind, or of three pictures two of a kind: eigenvalues 2/3 and 1/3
+        assert describe_batch(batch, "a cat", None)["vendi"] == pytest.approx(score, abs=1e-4)
+    for batch in (flat[:1] * 4, [scene] * 5):
+        assert describe_batch([picture.resize((64, 64)) for picture in batch], "a star", "tiny")["vendi"] == 1
+
+
 def test_counts_are_of_what_could_be_read():
     found = count_attributes([RED, BLUE, Scene((Thing(None, "red", None),), None, "navy", None)])
     assert found["color"] == {"red": 2, "blue": 1} and found["shape"] == {"circle": 1, "square": 1}
@@ -52,17 +64,13 @@ def test_the_table_lines_up():
     assert [line[at:] for line in lines] == ["repelled", "3.25", "50 %", "4 red, 4 blue", "1.60"]
 
 
-def test_long_titles_are_cut_to_fit_and_folders_are_numbered(tmp_path):
+def test_long_titles_are_cut_to_fit():
     from PIL import ImageFont
 
     font = ImageFont.load_default(20)
     assert fit("a circle", font, 500) == "a circle"
     short = fit("a circle " * 50, font, 500)
     assert short.endswith("…") and 440 < font.getlength(short) <= 500
-    for expected in ("a", "a-2", "a-3"):
-        folder = free_folder(tmp_path / "a")
-        assert folder.name == expected
-        folder.mkdir()
 
 
 def test_a_grid_of_one_and_of_nine():
@@ -70,5 +78,3 @@ def test_a_grid_of_one_and_of_nine():
     assert one.size == (128 + 16, 128 + 16)
     assert nine.size == (4 * 136 + 8, 3 * 136 + 8)
     assert nine.getpixel((nine.width - 20, nine.height - 20)) == (255, 255, 255)
-
-

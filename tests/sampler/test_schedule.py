@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sampler import denoise, sigmas, starting_noise
+from sampler.schedule import Schedule
 
 RELATIVE = 1e-6  # the bound; float32 holds 6e-8
 
@@ -47,6 +48,45 @@ def test_sd3_shifts_twice_and_ends_above_one_thousandth(steps, shift):
 
 def test_sd3_in_one_step_goes_all_the_way():
     close(sigmas(1, shift=3.0, spacing="sd3"), [1, 0])
+
+
+@pytest.mark.parametrize("spacing", ["flux", "sd3"])
+@pytest.mark.parametrize("config", [
+    {}, {"shift": 2.5}, {"use_dynamic_shifting": True, "shift": 3.0},
+    {"use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 2.0, "base_image_seq_len": 64,
+     "max_image_seq_len": 8192},
+    {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"shift_terminal": 0.02, "shift": 3.0},
+    {"use_dynamic_shifting": True, "shift_terminal": 0.1}, {"shift_terminal": None, "invert_sigmas": False},
+])
+def test_scheduler_config_gives_diffusers_levels(spacing, config):
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    for steps, tokens in [(4, 1024), (28, 4096), (9, 100)]:
+        about = scheduler.config
+        slope = (about.max_shift - about.base_shift) / (about.max_image_seq_len - about.base_image_seq_len)
+        mu = about.base_shift + slope * (tokens - about.base_image_seq_len)
+        levels = {"sigmas": np.linspace(1, 1 / steps, steps)} if spacing == "flux" else {"num_inference_steps": steps}
+        scheduler.set_timesteps(**levels, mu=mu if about.use_dynamic_shifting else None)
+        ours = Schedule.from_hub({"_class_name": "FlowMatchEulerDiscreteScheduler", **dict(about), **config}, spacing)
+        close(ours.sigmas(steps, tokens), scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    ({"_class_name": "DDIMScheduler"}, "describes a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler: say"),
+    ({"use_karras_sigmas": True}, "use_karras_sigmas True is not supported: set it to False"),
+    ({"use_beta_sigmas": True}, "use_beta_sigmas True"), ({"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+    ({"invert_sigmas": True}, "invert_sigmas True"), ({"stochastic_sampling": True}, "stochastic_sampling"),
+    ({"num_train_timesteps": 500}, "num_train_timesteps 500 is not supported: set it to 1000"),
+    ({"shift": None}, "shift None is no number"),
+    ({"shift": "3.0"}, "shift must be a finite number above 0, got '3.0'"),
+    ({"shift": [3.0]}, r"got \[3.0\]"), ({"shift": True}, "got True"), ({"base_shift": None}, "base_shift must"),
+    ({"max_image_seq_len": "4096"}, "max_image_seq_len must"), ({"time_shift_type": "cubic"}, "time_shift_type must"),
+    ({"time_shift_type": None}, "time_shift_type must"), ({"shift_terminal": 1.5}, "shift_terminal be below 1"),
+    ({"use_dynamic_shifting": "yes"}, "use_dynamic_shifting 'yes' not true or false"),
+    ({"base_image_seq_len": 4096}, "must differ"),
+])
+def test_a_scheduler_config_that_is_not_honored_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_hub(config, "flux")
 
 
 @pytest.mark.parametrize("call,message", [

@@ -25,8 +25,8 @@ from mmdit import (
 from repulsion import Repulsion
 from sampler import Pipeline
 from sampler.parts import StreamedBlocks, stream_blocks
-from weights.shapes import LATENTS
-from weights.stored import Stored
+from weights import Stored
+from weights.configs import LATENTS
 
 CLIP = ClipConfig(vocab_size=644, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=1, activation="gelu",
                   max_positions=24, projection_dim=64, end_token=643)
@@ -106,7 +106,8 @@ def test_the_parts_are_what_each_loader_gives(originals, reference):
     # an original file does not say how its latents are scaled: the family does
     latents = pipeline.autoencoder.config
     assert {"shift": latents.shift, "scaling": latents.scaling} == LATENTS[family]
-    assert pipeline.shift == (None if family == "flux" else 3.0)
+    assert pipeline.schedule.shift == (None if family == "flux" else 3.0)
+    assert pipeline.files["autoencoder"] == str(folder / "ae.safetensors")
     unprojected = pipeline.text.clips[0][1].module(pipeline.text.clips[0][0](["a star"])).unprojected
     pooled = pipeline.text("a star")[1]
     assert torch.equal(pooled[:, :64], unprojected) == (family == "flux")
@@ -123,7 +124,7 @@ def arrangements(family, folder, tmp_path):
     yield {"name_or_path": folder}
     yield {"name_or_path": folder / "transformer.safetensors"}
     yield {"name_or_path": merged, "tokenizers": folder}
-    yield {"name_or_path": bare, "tokenizers": [folder / name for name in tokenizers(family)]}
+    yield {"name_or_path": bare, "tokenizers": folder}
     yield {"name_or_path": hub, "tokenizers": folder}
     yield {"name_or_path": merged, **parts}
     yield {"name_or_path": merged, "tokenizers": folder, "text_encoders": [merged]}
@@ -201,7 +202,7 @@ def test_sd3_may_do_without_t5_and_nothing_else(originals, tmp_path):
             Pipeline.load(tmp_path / "copy")
     (tmp_path / "copy" / "ae.safetensors").unlink()
     shutil.rmtree(tmp_path / "copy" / "tokenizer")
-    with pytest.raises(FileNotFoundError, match=r"lacks the autoencoder \(vae/.* tokenizer of clip_l \(tokenizer/\)"):
+    with pytest.raises(FileNotFoundError, match=r"lacks autoencoder \(vae/.* tokenizer of clip_l \(tokenizer/\)"):
         Pipeline.load(tmp_path / "copy")
 
 
@@ -210,12 +211,13 @@ def test_wrong_parts_are_named(originals):
     parts = parts_of(family, folder)
     clip = folder / "text_encoders" / "clip_l.safetensors"
     t5 = folder / "text_encoders" / "t5.safetensors"
-    for change, message in [
-        ({"transformer": clip}, "clip_l.safetensors holds no .*transformer but CLIP"),
-        ({"autoencoder": parts["transformer"]}, "transformer.safetensors holds no autoencoder"),
-        ({"text_encoders": [clip, t5, t5]}, "holds another t5"),
-        ({"tokenizers": [folder / "tokenizer"]}, "tokenizers: 1 for"),
-        ({"offload": "disk"}, 'offload must be "parts" or "blocks"'),
+    for change, error, message in [
+        ({"transformer": clip}, ValueError, "clip_l.safetensors holds no transformer but CLIP text encoder"),
+        ({"autoencoder": parts["transformer"]}, ValueError, "transformer.safetensors holds no autoencoder but"),
+        ({"text_encoders": [clip, t5, t5]}, ValueError, "t5.safetensors holds another t5, after .*t5.safetensors: give"),
+        ({"tokenizers": folder / "tokenizer"}, FileNotFoundError, r"lacks tokenizer of clip_l \(tokenizer/\)"),
+        ({"variant": "flux"}, ValueError, "variant must be one of .*flux1-dev, .*, got 'flux'"),
+        ({"offload": "disk"}, ValueError, 'offload must be "parts" or "blocks"'),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             Pipeline.load(**parts | change)

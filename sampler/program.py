@@ -1,0 +1,181 @@
+"""What `python -m sampler` does: a typical batch and one whose samples repel each other, of the same seeds."""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from repulsion import Repulsion
+from tiny.captions import parse
+
+from . import output, report
+from .folders import whole_folder
+from .guidance import SkipLayerGuidance
+from .methods import METHODS, Method
+from .pipeline import Pipeline
+
+
+def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
+    """The checkpoint's repulsion with the options given; None beside a rival if no option of repulsion is given."""
+    if args.diversity is not None:
+        raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
+                         "the tokens, for example --strength 1")
+    given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
+            "branches": args.branches, "strength": args.strength if args.method == "repulsion" else None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.method != "repulsion" and not given:
+        return None
+    if "strength" in given or "scale" in given:
+        return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
+    if default is None:
+        raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 1")
+    return replace(default, **given)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    return args.model or args.transformer or "tiny-sd3"
+
+
+def skip_layer_guidance(args: argparse.Namespace) -> SkipLayerGuidance | None:
+    """Skip-layer guidance by --skip-layers and --skip-scale, or None."""
+    if args.skip_layers is None:
+        if args.skip_scale is not None:
+            raise ValueError("--skip-scale needs --skip-layers, for example 7-9")
+        return None
+    return SkipLayerGuidance(args.skip_layers, **({} if args.skip_scale is None else {"scale": args.skip_scale}))
+
+
+def method(args: argparse.Namespace) -> Method | None:
+    """The rival named by --method, with --strength; None for repulsion."""
+    if args.method == "repulsion":
+        return None
+    return METHODS[args.method](**({} if args.strength is None else {"strength": args.strength}))
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline of --model and what is given beside it."""
+    return Pipeline.load(
+        args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, offload=args.offload,
+        keep_float8=args.keep_float8, transformer=args.transformer, autoencoder=args.autoencoder,
+        text_encoders=args.text_encoders, tokenizers=args.tokenizers, variant=args.variant, shift=args.shift,
+    )
+
+
+def open_picture(file: Path) -> Image.Image:
+    """The picture in a file. Raises ValueError naming the file."""
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {file} is no picture that can be read ({error}): give a PNG or JPEG") from error
+    return picture
+
+
+def run(args: argparse.Namespace) -> None:
+    """Claims the folder, paints the batches, writes them, prints what is in them."""
+    image = None if args.image is None else open_picture(args.image)
+    skip, other = skip_layer_guidance(args), method(args)
+    target = args.out or Path("outputs") / output.folder_name(args.prompt)
+    with whole_folder(target, args.overwrite, numbered=args.out is None) as claim:
+        pipeline = load(args)
+        repulsion = settings(args, pipeline.defaults.repulsion)
+        if repulsion is not None:
+            repulsion.check_blocks(pipeline.config.num_blocks)
+        note(args, pipeline, repulsion)
+        call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
+                "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed,
+                "skip_layer_guidance": skip}
+        diverse = "repelled" if args.method == "repulsion" else args.method
+        batches = {} if args.no_compare else {"base": {}}
+        batches[diverse] = {"repulsion": repulsion, "method": other}
+        pictures, found, stopped = paint(pipeline, args, call | {"image": image}, batches)
+
+        width, height = next(iter(pictures.values()))[0].size
+        about = {"model": name_of(args), "prompt": args.prompt, "images": args.images,
+                 **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
+                 "height": height, "width": width, "image": args.image and str(args.image),
+                 "skip_layer_guidance": None if skip is None else asdict(skip)}
+        if stopped is not None:
+            why = f"{type(stopped).__name__}: {stopped}"
+            about["stopped"] = {name: why for name in batches if name not in pictures}
+        ways = {"repulsion": None if repulsion is None else asdict(repulsion),
+                "method": None if other is None else {"name": args.method, **asdict(other)}}
+        write(claim.work, pictures=pictures, found=found, about=about, ways=ways, files=pipeline.files)
+    if stopped is not None:
+        print(f"written to {claim.target}: the finished batch alone, {', '.join(pictures)}")
+        raise KeyboardInterrupt("the finished batch was written") if isinstance(stopped, KeyboardInterrupt) else stopped
+    print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
+    print(f"written to {claim.target}{'' if args.no_compare else ': compare.png shows both'}")
+
+
+def paint(pipeline: Pipeline, args: argparse.Namespace, call: dict,
+          batches: dict[str, dict]) -> tuple[dict, dict, BaseException | None]:
+    """The pictures of each batch, the numbers about them, and the error or Ctrl-C that ended it after a finished batch.
+
+    Every batch is denoised before the first is decoded: with --offload each network is read once.
+    """
+    latents, seconds, pictures, found, stopped, encoded = {}, {}, {}, {}, [], None
+
+    @contextmanager
+    def keeping(finished: dict) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if not finished:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the memory of what was interrupted
+            stopped.append(error)
+
+    with keeping(latents), pipeline.parts["transformer"].used(now=False):
+        for name, ways in batches.items():
+            start = time.perf_counter()
+            latents[name], encoded = pipeline(args.prompt, args.images, **call, **ways, progress=name, encoded=encoded,
+                                              decode=False)
+            seconds[name] = time.perf_counter() - start
+    with keeping(pictures), pipeline.parts["autoencoder"].used():
+        for name, latent in latents.items():
+            start = time.perf_counter()
+            painted = pipeline.decode(latent)
+            seconds[name] = round(seconds[name] + time.perf_counter() - start, 3)
+            found[name] = report.describe_batch(painted, args.prompt, pipeline.defaults.world)
+            found[name]["seconds"], pictures[name] = seconds[name], painted
+    return pictures, found, stopped[0] if stopped else None
+
+
+def note(args: argparse.Namespace, pipeline: Pipeline, repulsion: Repulsion | None) -> None:
+    """Says what was taken from where, and what is likely not meant, before anything is painted."""
+    if pipeline.defaults.world is None:
+        print("; ".join(f"{part}: {where}" for part, where in pipeline.files.items()), file=sys.stderr)
+    if args.images == 1 and repulsion is not None:
+        print("note: a single picture repels nothing: ask for --images 2 or more", file=sys.stderr)
+    if pipeline.defaults.world == "tiny" and args.prompt.strip():
+        pipeline.text.check_length(args.prompt)  # an error, which needs no note
+        try:
+            parse(args.prompt)
+        except ValueError as error:
+            print(f"note: outside the language of this checkpoint: {error}", file=sys.stderr)
+
+
+def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict, files: dict) -> None:
+    """Single pictures, a grid of each batch, both grids side by side, and the numbers."""
+    how = [ways["method"]["name"]] if ways["method"] else []
+    how += ["contextual repulsion"] if ways["repulsion"] else []
+    sheets = []
+    for name, batch in pictures.items():
+        made = {**about, **(dict.fromkeys(ways) if name == "base" else ways)}
+        for i, picture in enumerate(batch):
+            output.save_png(picture, folder / f"{name}-{i:02d}.png", {**made, "index": i})
+        sheet = output.grid(batch)
+        output.save_png(sheet, folder / f"{name}.png", made)
+        label = "typical" if name == "base" else f"with {' and '.join(how)}"
+        sheets.append((f"{label}: Vendi score {found[name]['vendi']:.2f}", sheet))
+    if len(sheets) == 2:
+        output.save_png(output.side_by_side(sheets, about["prompt"]), folder / "compare.png", {**about, **ways})
+    output.write_summary(folder, {**about, **ways, "files": files, "batches": found})
