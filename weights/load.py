@@ -1,6 +1,5 @@
 """Fill modules with stored numbers: tensors stay views of the mapped file where nothing about them has to change."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from . import configs
 from .detect import ENCODERS, Part, PathLike, find_parts
 from .files import DTYPES, FLOAT8, TensorEntry
 from .layouts import CheckpointError
-
-BLOCKS = r"(dual_blocks|single_blocks|layers)\."  # the modules whose float8 weights may stay in float8
 
 
 def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
@@ -99,9 +96,10 @@ class Stored:
             theirs, transform = self.part.layout.find(name, sizes)
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
             layer, target = model.get_submodule(owner), dtype or _joint_dtype(parts)
-            float8 = {part.dtype for part in parts} == {parts[0].dtype} <= {*FLOAT8} and isinstance(layer, nn.Linear)
+            float8 = {part.dtype for part in parts} == {parts[0].dtype} <= {*FLOAT8} and ending == "weight"
             # layers outside of blocks are widened: they are small, and the model computes in their dtype
-            if float8 and (keep_float8 or dtype is None) and ending == "weight" and re.match(BLOCKS, name):
+            inside = isinstance(layer, nn.Linear) and ("blocks." in name or "layers." in name)
+            if float8 and inside and (keep_float8 or dtype is None):
                 target = DTYPES[parts[0].dtype]
                 if scaled := any(part.scale for part in parts):
                     state[f"{owner}.scale"] = torch.cat([_scale(part, opened) for part in parts]).to(device)

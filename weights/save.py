@@ -71,6 +71,7 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
     new, old = scratch / "new", scratch / "old"
     try:
         if hub:
+            new.mkdir()
             save_torch_state_dict(tensors, new, filename_pattern=STEMS[kind in (CLIP, T5)] + "{suffix}.safetensors",
                                   max_shard_size=max_shard_bytes or 2**62)
             (new / "config.json").write_text(json.dumps(configs.to_hub(config), indent=2) + "\n", encoding="utf-8")
