@@ -44,7 +44,7 @@ class Run:
         guided = text.family == "sd3" and defaults.guidance is not None and defaults.guidance > 1
         encoders = (*("clip_l", "clip_g")[: len(text.clips)], *(() if text.t5 is None else ("t5",)))
         return cls(model, ("", prompt) if guided else (prompt,), images, steps, seed, defaults.guidance,
-                   defaults.height, defaults.width, pipeline.shift, encoders, pipeline.config,
+                   defaults.height, defaults.width, pipeline.schedule.shift, encoders, pipeline.config,
                    pipeline.autoencoder.config, repulsion)
 
     @classmethod

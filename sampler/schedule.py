@@ -71,6 +71,14 @@ class Schedule:
                              "false: download the file again")
         return cls(spacing, **given | ({"shift": None} if dynamic else {}))
 
+    def shift_at(self, image_tokens: int | None) -> float:
+        """The shift for pictures of this size."""
+        if self.shift is not None:
+            return self.shift
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+        return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
     def sigmas(self, steps: int, image_tokens: int | None = None) -> Tensor:
         """The noise levels of a run of `steps` for pictures of `image_tokens`, from 1 down to 0: (steps + 1,) float32.
 
@@ -78,12 +86,8 @@ class Schedule:
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        shift, last = self.shift, torch.tensor(1 / 1000, dtype=torch.float64)
-        if shift is None:
-            slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-            mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
-            shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
-        elif self.spacing == "sd3":
+        shift, last = self.shift_at(image_tokens), torch.tensor(1 / 1000, dtype=torch.float64)
+        if self.shift is not None:
             last = shifted(last, shift)
         end = last.item() if self.spacing == "sd3" else 1 / steps
         levels = shifted(torch.linspace(1, end, steps, dtype=torch.float64), shift)

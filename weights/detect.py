@@ -133,13 +133,12 @@ def recognize(entries: Mapping[str, TensorEntry], path: Path, config: configs.Js
     for name, entry in entries.items():
         prefix = max((prefix for *_, prefix in found if name.startswith(prefix)), key=len, default=None)
         own = name.removeprefix(prefix or "")
-        if re.fullmatch(MARKER, own):
+        if prefix is None or re.fullmatch(f"{MARKER}|{UNUSED}", own):
+            unused += [] if re.fullmatch(MARKER, own) else [name]
             continue
-        if prefix is None or re.fullmatch(UNUSED, own):
-            unused.append(name)
         for (_, layout, start), tensors in found.items():
             usual = re.sub(*layout.alias, own)
-            if start == prefix and name not in unused[-1:] and (usual == own or prefix + usual not in entries):
+            if start == prefix and (usual == own or prefix + usual not in entries):
                 tensors[usual] = entry
     return [Part(*key, tensors, path, config, tuple(unused)) for key, tensors in found.items()]
 
@@ -213,7 +212,7 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
             found.setdefault(part.role, part)
     if not found:
         nothing = FileNotFoundError(f"{root} holds no .safetensors file: give the file or its folder")
-        raise next(iter(refused.values()), nothing)
+        raise [*refused.values(), nothing][0]
     wanted = FAMILIES.get(family, {})
     found = {role: found[role] for role in (wanted if main else sorted(found)) if role in found}
     folder = home if tokenizers is None else resolve(tokenizers)
@@ -234,10 +233,11 @@ def find_parts(path: PathLike, roles: Sequence[str], component: str | None = Non
     """The networks of these roles at a path, or in the folder `component` there. Raises CheckpointError for none."""
     root = resolve(path, component)
     root = root / component if component and (root / component).is_dir() else root
-    parts = [part for part in inspect_checkpoint(root).parts.values() if root.is_dir() or part.path == root]
+    judged = inspect_checkpoint(root)
+    parts = [part for part in judged.parts.values() if root.is_dir() or part.path == root]
     if found := [part for part in parts if part.role in roles or (part.role == "clip" and "clip" in "".join(roles))]:
         return found
-    held = " and ".join(f"{part.role} ({part.layout.name})" for part in parts)
+    held = "; ".join([*(f"{part.role} ({part.layout.name})" for part in parts), *map(str, judged.beside.values())])
     raise CheckpointError(f"{root} holds no {' or '.join(roles)} but {held}: give another file")
 
 
