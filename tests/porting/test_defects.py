@@ -360,7 +360,8 @@ def image_first(it):
 
 
 FLUX_DEFECTS = {
-    "no shift": (lambda it: it.patch.setattr(it.pipeline, "schedule", Schedule("flux")), "sigmas", FOUND + "σ not shifted"),
+    "no shift": (lambda it: it.patch.setattr(it.pipeline, "schedule", Schedule("flux")), "sigmas",
+                 FOUND + "σ not shifted"),
     "RoPE in halves": (rotation(half_split), "dual.0.attention.q", FOUND + "RoPE: pairs (j, j + k/2)"),
     "RoPE the other way": (rotation(lambda found, x, rope: mmdit.position.rotate(x, torch.stack([rope[0], -rope[1]]))),
                            "dual.0.attention.q", FOUND + "RoPE: rotated the other way"),
