@@ -8,7 +8,7 @@ each objective on float64 tokens. Last, the most memory that one push needs, rel
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -49,19 +49,25 @@ def error(found: Tensor, reference: Tensor, start: Tensor) -> float:
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes that the tensors that operations return while it is active, views included, hold at one time."""
+    """The most bytes that tensors on a device hold at one time while it is active: those of `held`, which stay, and
+    what operations return, views included."""
 
-    def __init__(self):
+    def __init__(self, *held: Tensor, device: str = "cpu"):
         super().__init__()
-        self.alive, self.most = {}, 0
+        self.device, self.alive = device, {}
+        self.kept = {storage for storage, _ in self.storages(held)}
+        self.held = self.most = sum(dict(self.storages(held)).values())
+
+    def storages(self, tensors: Iterable) -> list[tuple[StorageWeakRef, int]]:
+        here = [x.untyped_storage() for x in tensors if isinstance(x, Tensor) and x.device.type == self.device]
+        return [(StorageWeakRef(storage), storage.nbytes()) for storage in here]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (list, tuple)) else [found]:
-            if isinstance(tensor, Tensor):
-                self.alive[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
-        self.most = max(self.most, sum(self.alive.values()))
+        for storage, size in self.storages(found if isinstance(found, (list, tuple)) else [found]):
+            if storage not in self.kept and storage not in self.alive:
+                self.alive = {old: bytes for old, bytes in self.alive.items() if not old.expired()} | {storage: size}
+                self.most = max(self.most, self.held + sum(self.alive.values()))
         return found
 
 

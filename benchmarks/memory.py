@@ -1,0 +1,149 @@
+"""What a card must hold for each public checkpoint, counted without one: `python -m benchmarks.memory`.
+
+The networks are on the meta device, where tensors have sizes but no numbers, and run as the pipeline runs them: text
+encoders on one prompt at a time, one step of the transformer with guidance and repulsion, the decoder on one picture at
+a time (FLUX.1-Kontext: the encoder as well). While they run, every storage is counted until it is freed. Pictures are
+1024 × 1024. What is not counted: docs/memory.md. Takes a minute or two.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, T5Config, T5Encoder
+from mmdit.float8 import keep_in_float8
+from mmdit.meta import on_meta
+from repulsion import Repulsion
+from sampler.conditioning import T5_LIMIT
+from sampler.guidance import GuidedVelocity
+from sampler.parts import Part, stream_blocks
+from sampler.schedule import denoise
+from weights import PUBLIC
+
+from .solver import Allocated, show
+
+IMAGES, GIB, MARGIN = (1, 4, 8), 2**30, 1  # MARGIN, GiB: for what is not counted
+DTYPE = torch.bfloat16
+CLIP_L, T5 = (ClipTextEncoder, ClipConfig()), (T5Encoder, T5Config())
+CLIP_G = ClipTextEncoder, ClipConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20,
+                                     activation="gelu", projection_dim=1280)
+Bytes = tuple[int, int]  # of a network's weights that stay on the card, and the most beside them while it runs
+
+
+class Kernels(TorchFunctionMode):
+    """Lets the meta device allocate what a card's fused kernels do: attention its result and no n × n matrix, RMSNorm
+    its result and a contiguous input. The Gram matrices that a push reads are zeros."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        if function is F.rms_norm:
+            return torch.empty_like(args[0].contiguous())
+        if function is Tensor.numpy:
+            return np.zeros(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def build(network: type[nn.Module], config: object, float8: bool = False, streamed: bool = False) -> nn.Module:
+    """A network on the meta device as it would be loaded. Blocks that stay in the CPU's memory have a single number
+    for each tensor there, and are copied to the meta device when they run."""
+    model = on_meta(network, config).to(DTYPE)
+    for name, layer in list(model.named_modules()):
+        if float8 and isinstance(layer, nn.Linear) and ("blocks." in name or "layers." in name):  # as the loader
+            kept = keep_in_float8(layer, torch.float8_e4m3fn, scaled=False)
+            kept.bias = layer.bias
+            model.set_submodule(name, kept)
+    if streamed:
+        for name, blocks in model.named_children():
+            if isinstance(blocks, nn.ModuleList):
+                setattr(model, name, blocks._apply(lambda x: torch.empty(1, dtype=x.dtype).expand(x.shape)))
+        stream_blocks(model, torch.device("meta"), DTYPE)
+    return model.requires_grad_(False)
+
+
+def count(model: nn.Module, call: Callable) -> Bytes:
+    """The bytes that the call of a model on the meta device needs."""
+    with Allocated(*model.state_dict().values(), device="meta") as made, Kernels(), torch.no_grad():
+        call()
+    return made.held, made.most - made.held
+
+
+def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@cache
+def encode(network: type[nn.Module], config: ClipConfig | T5Config, tokens: int, float8: bool, streamed: bool) -> Bytes:
+    """A text encoder on one prompt."""
+    model = build(network, config, float8 and network is T5Encoder, streamed)
+    model._check = lambda ids: None  # reads the ids
+    return count(model, lambda: model(empty(1, tokens, dtype=torch.int64)))
+
+
+@cache
+def decode(side: int, reference: bool) -> Bytes:
+    """The autoencoder: it decodes one picture, and before that, with a reference, encodes one."""
+    model = build(Autoencoder, AutoencoderConfig())
+    needs = [count(model, lambda: model.decode(empty(1, 16, side // 8, side // 8))[0].float())]
+    if reference:
+        needs.append(count(model, lambda: model.encode(empty(1, 3, side, side))))
+    return max(needs)
+
+
+def paint(model: MMDiT, name: str, images: int, tokens: int) -> Bytes:
+    """A step of the transformer, with the guidance of the checkpoint and a push in one block of each kind."""
+    config, settings = model.config, PUBLIC[name].settings
+    latent = (config.latent_channels, settings.height // 8, settings.width // 8)
+    distilled = settings.guidance if config.guidance_embedding else None
+    weight = settings.guidance if distilled is None and (settings.guidance or 0) > 1 else None
+    repulsion = Repulsion(strength=1.0, blocks=(0, config.num_blocks - 1))
+
+    def call():
+        texts = [empty(1 if weight is None else 2, *shape) for shape in ((tokens, 4096), (config.pooled_dim,))]
+        velocity = GuidedVelocity(
+            transformer=Part(lambda: model), steps=1, weight=weight, distilled=distilled,
+            condition=lambda samples, sigma, step: tuple(repeat(x, "g ... -> (g b) ...", b=samples) for x in texts),
+            reference=empty(1, *latent) if "kontext" in name else None, repulsion=repulsion)
+        denoise(velocity, empty(images, *latent, dtype=torch.float32), torch.tensor([1.0, 0.0]))
+
+    return count(model, call)
+
+
+def needs(name: str, float8: bool, images: tuple[int, ...] = IMAGES) -> list[float]:
+    """GiB for each number of pictures with all networks on the card, then by parts, then by blocks."""
+    config, *_, settings = PUBLIC[name]
+    flux = config.position == "rope"
+    t5 = settings.prompt_tokens or T5_LIMIT["flux" if flux else "sd3"]
+    encoders = [(*CLIP_L, 77), (*T5, t5)] if flux else [(*CLIP_L, 77), (*CLIP_G, 77), (*T5, t5)]
+    found = {"all": [], "parts": [], "blocks": []}
+    for streamed in (False, True):
+        model = build(MMDiT, config, float8, streamed)
+        others = [*(encode(*one, float8, streamed) for one in encoders), decode(settings.height, "kontext" in name)]
+        for number in images:
+            stages = [*others, paint(model, name, number, t5 if flux else 77 + t5)]
+            found["blocks" if streamed else "parts"].append(max(weights + rest for weights, rest in stages) / GIB)
+            if not streamed:
+                found["all"].append((sum(weights for weights, _ in stages) + max(rest for _, rest in stages)) / GIB)
+    return [gib for column in found.values() for gib in column]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=PUBLIC, default=list(PUBLIC), metavar="NAME")
+    args = parser.parse_args()
+    rows = [[name, "float8 kept" if float8 else "bfloat16", *(f"{gib:.1f}" for gib in needs(name, float8))]
+            for name in args.models for float8 in (False, True)]
+    columns = [f"{way}, {number}" for way in ("all", "parts", "blocks") for number in IMAGES]
+    show(" | ".join(["checkpoint", "weights", *columns]), rows)
+    print(f"GiB. Not counted: CUDA's context, fragments, workspaces of kernels. Leave about {MARGIN} GiB for them.")
+
+
+if __name__ == "__main__":
+    main()
