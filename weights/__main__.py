@@ -19,10 +19,8 @@ import json
 import os
 import sys
 from collections import Counter
-from functools import cache, partial
 from math import prod
 
-from safetensors import safe_open
 from tqdm import tqdm
 
 from .detect import Part, inspect_checkpoint
@@ -35,7 +33,6 @@ def describe(part: Part, family: str | None, check: bool) -> dict[str, object]:
     stored = sorted(part.entries.items(), key=lambda item: -item[1].nbytes)  # the largest tensor's dtype first
     dtypes = Counter(f"{entry.dtype} scaled" if entry.scale else entry.dtype for _, entry in stored)
     both = [entry for _, whole in stored for entry in (whole, whole.scale) if entry]
-    opened = cache(partial(safe_open, framework="pt"))
     try:
         problem = open_part(part, family=family) and ""
     except ValueError as error:
@@ -44,9 +41,10 @@ def describe(part: Part, family: str | None, check: bool) -> dict[str, object]:
         "in": f"{part.path}{f': {part.prefix}*' if part.prefix else ''}", "layout": part.layout.name,
         "dtype": ", ".join(dtypes if len(dtypes) == 1 else (f"{n} × {dtype}" for dtype, n in dtypes.items())),
         "parameters": sum(prod(entry.shape) for name, entry in stored if not name.endswith("pos_embed")),  # SD3's table
-        "bytes": sum(entry.nbytes for entry in both), "passed over": ", ".join(part.unused), "problem": problem,
+        "bytes": sum(entry.nbytes for entry in both), "problem": problem,
+        "passed over": f"{len(part.unused)} tensors of no network, first {part.unused[0]}" if part.unused else "",
         "NaN or inf": ", ".join(entry.name for entry in tqdm(both if check else [], part.path.name, disable=not check)
-                                if entry.dtype in DTYPES and not read_stored(entry, opened).float().isfinite().all()),
+                                if entry.dtype in DTYPES and not read_stored(entry).float().isfinite().all()),
     }
 
 
@@ -61,7 +59,7 @@ def table(about: dict, home: str) -> str:
     for label in ("tokenizers", "missing", "beside"):
         lines += ["", *(f"{label:12}{name}: {what}" for name, what in about[label].items())] if about[label] else []
     for label in ("passed over", "problem", "NaN or inf"):
-        lines += [f"{label:12}{role}: {part[label]:.300}" for role, part in about["parts"].items() if part[label]]
+        lines += [f"{label:12}{role}: {part[label]}" for role, part in about["parts"].items() if part[label]]
     return "\n".join(lines).replace(f" {home}", " ")
 
 

@@ -91,7 +91,7 @@ class Stored:
             warnings.warn(f"{self.part.path}: {len(unused)} tensors of no network passed over, first {unused[0]}",
                           stacklevel=3)
         model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
-        state, opened = {}, cache(partial(safe_open, framework="pt"))
+        state, opened = {}, cache(OPEN)
         for name in model.state_dict():
             theirs, transform = self.part.layout.find(name, sizes)
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
@@ -112,7 +112,10 @@ class Stored:
         return model
 
 
-def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open]) -> Tensor:
+OPEN = partial(safe_open, framework="pt")
+
+
+def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open] = OPEN) -> Tensor:
     """A tensor as it is stored, without its scale: a view of the mapped file."""
     tensor = opened(entry.file).get_tensor(entry.name)
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
