@@ -145,9 +145,9 @@ class Pipeline:
 
         texts, reference = encoded or (self.text(*prompts), None)
         if pixels is not None and encoded is None:
-            with self.parts["autoencoder"].used() as autoencoder:
-                dtype = next(autoencoder.parameters()).dtype
-                reference = finite(autoencoder.encode(pixels.to(self.device, dtype)), "the autoencoder's encoder")
+            with self.parts["autoencoder"].used():  # no name here keeps it in memory afterwards
+                pixels = pixels.to(self.device, next(self.autoencoder.parameters()).dtype)
+                reference = finite(self.autoencoder.encode(pixels), "the autoencoder's encoder")
         noise = method.noise(draw, images)
 
         def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
