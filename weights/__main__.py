@@ -44,7 +44,7 @@ def describe(part: Part, family: str | None, check: bool) -> dict[str, object]:
         "bytes": sum(entry.nbytes for entry in both), "problem": problem,
         "passed over": f"{len(part.unused)} tensors of no network, first {part.unused[0]}" if part.unused else "",
         "NaN or inf": ", ".join(entry.name for entry in tqdm(both if check else [], part.path.name, disable=not check)
-                                if entry.dtype in DTYPES and not read_stored(entry).float().isfinite().all()),
+                                if entry.dtype in DTYPES and not read_stored(entry).double().isfinite().all()),
     }
 
 

@@ -142,6 +142,8 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
     does not fit, makes no sense or is not supported; the caller adds the file's name.
     """
     kind, hub = part.kind, part.config if part.layout in part.kind.layouts[1:] else None
+    if not isinstance(given, kind.config | None):
+        raise CheckpointError(f"config is a {type(given).__name__}, expected a {kind.config.__name__}")
     if given is not None:
         return given
     found = fields(part)
@@ -166,6 +168,9 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
             raise CheckpointError(f"config.json has {names[our]} {value!r:.60}: download it again")
     if kind.config is ClipConfig and rest["end_token"] == 2:  # a known error in most public files
         rest["end_token"] = found["vocab_size"] - 1
+    if kind.config is ClipConfig and rest["end_token"] >= found["vocab_size"]:
+        raise CheckpointError(f"config.json has eos_token_id {rest['end_token']}, expected one below vocab_size "
+                              f"{found['vocab_size']}: download it again")
     return kind.config(**rest | found)
 
 

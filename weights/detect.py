@@ -292,6 +292,7 @@ def _variant(main: Part | None, given: str | None) -> tuple[str | None, str]:
         return sizes["position"], sizes["guidance_embedding"], sizes["qk_norm"], bool(sizes["dual_attention_blocks"])
 
     alike = [name for name, row in PUBLIC.items() if build(vars(row.config)) == build(fields)]
+    alike = alike or [name for name, row in PUBLIC.items() if row.config.position == fields["position"]]
     sizes = "" if any(fields.items() <= vars(PUBLIC[name].config).items() for name in alike) else ", sizes of its own"
     named = given or told_by_name(alike, main.path)
     how = "as given" if given else "by its name" if named else "assumed: its name does not tell"

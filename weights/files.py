@@ -87,7 +87,7 @@ def _what_else(file: Path) -> str | None:
             if 8 + length + end > size:
                 return (f"an interrupted download: {size:,} of {whole:,} bytes are there, tensor {name} is the first "
                         "that is cut: download it again")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -122,7 +122,8 @@ def _attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     for name in [name for name in found if name.endswith((".scale_weight", ".weight_scale"))]:
         scale, weight = found[name], found.get(name.rpartition(".")[0] + ".weight")
         if weight is not None and weight.dtype in FLOAT8:
-            if weight.scale or scale.dtype not in DTYPES or prod(scale.shape) not in (1, *weight.shape[:1]):
+            if weight.scale or scale.dtype not in DTYPES or scale.shape not in (
+                    (), (1,), (1, 1), weight.shape[:1], (*weight.shape[:1], 1)):
                 raise CheckpointError(f"{scale.file}: tensor {name} is {scale.dtype} of shape {scale.shape}, expected "
                                       f"one scale for {weight.name}, or one for each of its rows: use another release")
             found[weight.name] = weight._replace(scale=found.pop(name))

@@ -102,7 +102,8 @@ class Stored:
             if float8 and inside and (keep_float8 or dtype is None):
                 target = DTYPES[parts[0].dtype]
                 if scaled := any(part.scale for part in parts):
-                    state[f"{owner}.scale"] = torch.cat([_scale(part, opened) for part in parts]).to(device)
+                    state[f"{owner}.scale"] = transform.read(
+                        torch.cat([_scale(part, opened) for part in parts]), sizes.patch).to(device)
                 model.set_submodule(owner, keep_in_float8(layer, target, scaled))
                 parts = [part._replace(scale=None) for part in parts]
             tensors = [_read(part, target, opened) for part in parts]

@@ -1,4 +1,4 @@
-"""Damaged, dangerous and missing files, and writing all or nothing."""
+"""Damaged, dangerous and missing files; writing all or nothing."""
 
 import json
 import os
@@ -7,187 +7,192 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import FLUX, randomize, same_tensors
 
-from weights import CheckpointError
-from weights.files import read_tensor
-from weights.locate import open_checkpoint
-from weights.writing import write_file, write_folder
+import weights.save
+from mmdit import MMDiT
+from weights import CheckpointError, inspect_checkpoint, load_transformer, save_transformer
+from weights.files import find_weights, list_tensors, read_header
 
-CONFIG = {"hidden": 4}
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomize(MMDiT(FLUX)).bfloat16()
 
 
 @pytest.fixture
-def tensors():
-    """Of odd sizes and several widths, so that a wrong offset shows."""
-    torch.manual_seed(0)
-    return {
-        "b": torch.randn(3, dtype=torch.bfloat16), "a": torch.randn(2, 3), "h": torch.randn(5).half(),
-        "d": torch.randn((), dtype=torch.float64), "t": torch.randn(4, 3).T,
-    }
+def hub(tmp_path, model):
+    save_transformer(model, tmp_path / "hub", "hub", 100_000)
+    return tmp_path / "hub"
 
 
-def same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def test_written_files_are_read_by_the_library(tmp_path, tensors):
-    write_file(tmp_path / "new" / "x.safetensors", tensors)
-    same(load_file(tmp_path / "new" / "x.safetensors"), tensors)
-    with safe_open(tmp_path / "new" / "x.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # without it transformers refuses the file
-
-
-def test_the_library_s_files_are_read(tmp_path, tensors):
-    tensors["t"] = tensors["t"].contiguous()
-    save_file(tensors, tmp_path / "x.safetensors")
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    same({name: read_tensor(entry) for name, entry in checkpoint.entries.items()}, tensors)
-    assert read_tensor(checkpoint.entries["a"], torch.bfloat16).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("limit", "files"), [(None, 1), (1000, 1), (48, 2), (24, 4), (1, 5)])
-def test_shards_hold_every_tensor_once_and_respect_the_limit(tmp_path, tensors, limit, files):
-    write_folder(tmp_path / "hub", tensors, CONFIG, "model", limit)
-    shards = sorted((tmp_path / "hub").glob("*.safetensors"))
-    contents = [load_file(shard) for shard in shards]
-    assert len(shards) == files
-    assert sum(len(c) for c in contents) == len(tensors)
-    same({name: tensor for c in contents for name, tensor in c.items()}, tensors)
-    if limit:
-        assert all(len(c) == 1 or sum(t.nbytes for t in c.values()) <= limit for c in contents)
-    checkpoint = open_checkpoint(tmp_path / "hub")
-    same({name: read_tensor(entry) for name, entry in checkpoint.entries.items()}, tensors)
-    assert checkpoint.config == CONFIG
-    if files > 1:
-        index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+# ---- reading
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    (lambda whole: b"", "has 0 bytes"),
-    (lambda whole: whole[:5], "has 5 bytes"),
-    (lambda whole: whole[:50], "header would be .* bytes long, the file has 50"),
-    (lambda whole: whole[:-1], r"tensor \w ends at byte"),
-    (lambda whole: whole + b"x", "1 bytes belong to no tensor"),
-    (lambda whole: (9).to_bytes(8, "little") + b"not json!", "header is no JSON"),
-], ids=["empty", "five bytes", "half a header", "byte short", "byte long", "no json"])
-def test_damaged_files_are_refused(tmp_path, tensors, content, reason):
+    (lambda whole: b"", "an interrupted download: it has 0 bytes, fewer than its header: download it again"),
+    (lambda whole: whole[:5], "an interrupted download: it has 5 bytes, fewer than its header"),
+    (lambda whole: whole[:50], "an interrupted download: it has 50 bytes, fewer than its header"),
+    (lambda whole: whole[:-1], r"an interrupted download: [\d,]+ of [\d,]+ bytes are there.* is the first that is cut"),
+    (lambda whole: whole + b"x", "damaged .*: download it again"),
+    (lambda whole: (9).to_bytes(8, "little") + b"not json!", "damaged .*: download it again"),
+    (lambda whole: (0x280).to_bytes(8, "little") + b'{"a": ', "an interrupted download"),  # a pickle begins like that
+], ids=["empty", "five bytes", "half a header", "byte short", "byte long", "no json", "no pickle"])
+def test_damaged_files_are_refused(tmp_path, model, content, reason):
     file = tmp_path / "x.safetensors"
-    write_file(file, tensors)
+    save_transformer(model, file)
     file.write_bytes(content(file.read_bytes()))
-    with pytest.raises(CheckpointError, match=rf"x\.safetensors is truncated or no safetensors file \(.*{reason}"):
-        open_checkpoint(file)
+    for read in (read_header, load_transformer, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=rf"x\.safetensors is {reason}"):
+            read(file)
+
+
+def test_of_a_cut_file_the_first_cut_tensor_is_named(tmp_path, model):
+    file = tmp_path / "x.safetensors"
+    save_transformer(model, file)
+    content, header = file.read_bytes(), read_header(file)
+    start = 8 + int.from_bytes(content[:8], "little")
+    at = {name: json.loads(content[8:start])[name]["data_offsets"] for name in header}
+    for name, (_, end) in at.items():
+        file.write_bytes(content[: start + end - 1])
+        with pytest.raises(CheckpointError, match=f"tensor {name} is the first that is cut"):
+            read_header(file)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
 def test_pickles_are_refused_unopened(tmp_path, suffix):
-    (tmp_path / f"model{suffix}").write_bytes(b"whatever")
-    for path in (tmp_path / f"model{suffix}", tmp_path):  # named, or all that its folder has
-        with pytest.raises(CheckpointError, match=f"model{suffix} is a pickle, which can run any code"):
-            open_checkpoint(path)
+    file = tmp_path / f"{'model' if suffix == '.bin' else 'flux1-dev'}{suffix}"
+    torch.save({"a": torch.ones(3)}, file)
+    for path in (file, tmp_path):  # named, or all that its folder has
+        with pytest.raises(CheckpointError, match=f"{file.name} is a pickle, which can run any code .*: use the"):
+            load_transformer(path)
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
-        open_checkpoint(tmp_path / "nowhere.safetensors")
-    (tmp_path / "text_encoder_2").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file.*folders here: text_encoder_2"):
-        open_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist: give a \.safetensors file"):
+        load_transformer(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file: give the file or its folder"):
+        load_transformer(tmp_path)
 
 
-def test_a_folder_of_many_files_is_not_guessed_at(tmp_path, tensors):
-    for name in ("flux1-dev", "ae"):
-        write_file(tmp_path / f"{name}.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="holds 2 checkpoints: give one"):
-        open_checkpoint(tmp_path)
-
-
-def test_plain_names_come_before_variants(tmp_path, tensors):
-    write_file(tmp_path / "model.fp16.safetensors", {"half": tensors["h"]})
-    assert list(open_checkpoint(tmp_path).entries) == ["half"]
-    write_file(tmp_path / "model.safetensors", {"full": tensors["a"]})
-    assert list(open_checkpoint(tmp_path).entries) == ["full"]
-
-
-def test_stored_types_that_are_no_floats_are_refused(tmp_path):
-    save_file({"w": torch.zeros(2, dtype=torch.int32)}, tmp_path / "x.safetensors")
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="tensor w is stored as I32, expected one of F64, F32, F16, BF16"):
-        read_tensor(checkpoint.entries["w"])
-    with pytest.raises(CheckpointError, match="tensor w is torch.int64"):
-        write_file(tmp_path / "y.safetensors", {"w": torch.zeros(2, dtype=torch.int64)})
-    assert os.listdir(tmp_path) == ["x.safetensors"]
+def test_plain_names_come_before_variants(tmp_path):
+    names = ["model.fp16.safetensors", "model.safetensors.index.fp16.json",
+             "diffusion_pytorch_model.safetensors.index.json", "model.safetensors"]
+    for name in names:
+        (tmp_path / name).touch()
+        assert find_weights(tmp_path) == tmp_path / name
 
 
 def edit_index(folder, change):
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = json.loads((folder / INDEX).read_text())
     change(content["weight_map"])
-    index.write_text(json.dumps(content))
+    (folder / INDEX).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "..", "a\\b.safetensors", ""])
-def test_an_index_cannot_point_outside_its_folder(tmp_path, tensors, shard):
-    write_file(tmp_path / "secret.safetensors", {"a": tensors["a"]})
-    write_folder(tmp_path / "hub", tensors, CONFIG, "model", 1)
-    edit_index(tmp_path / "hub", lambda weight_map: weight_map.update(a=shard))
-    with pytest.raises(CheckpointError, match="outside its own folder"):
-        open_checkpoint(tmp_path / "hub")
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "..", "a\\b.safetensors", "",
+                                   "config.json", "a\0.safetensors"])
+def test_an_index_cannot_point_outside_its_folder(tmp_path, hub, shard):
+    save_file({"x_embedder.bias": torch.ones(64)}, tmp_path / "secret.safetensors")
+    edit_index(hub, lambda weight_map: weight_map.update({"x_embedder.bias": shard}))
+    with pytest.raises(CheckpointError, match=rf"{INDEX} points to .*, no weights in its own folder: do not trust it"):
+        load_transformer(hub)
 
 
-def test_shards_and_index_must_agree(tmp_path, tensors):
-    hub = tmp_path / "hub"
-    write_folder(hub, tensors, CONFIG, "model", 1)
-    edit_index(hub, lambda weight_map: weight_map.update(ghost=weight_map["a"]))
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00005\.safetensors lacks tensor ghost"):
-        open_checkpoint(hub)
-    (hub / "model-00003-of-00005.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00003-of-00005\.safetensors is missing"):
-        open_checkpoint(hub)
-    (hub / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"index\.json is no JSON object \(it is a list\)"):
-        open_checkpoint(hub)
-    (hub / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match='no "weight_map"'):
-        open_checkpoint(hub)
-    (hub / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"index\.json is no JSON"):
-        open_checkpoint(hub)
+def test_shards_and_index_must_agree(hub):
+    first, second = sorted(hub.glob("*.safetensors"))[:2]
+    moved = next(iter(load_file(first)))
+    for change, name in [
+        (lambda weight_map: weight_map.update(ghost=first.name), "ghost"),
+        (lambda weight_map: weight_map.pop("ghost") and weight_map.pop(moved), moved),
+        (lambda weight_map: weight_map.update({moved: second.name}), moved),
+    ]:
+        edit_index(hub, change)
+        with pytest.raises(CheckpointError, match=f"{INDEX} and its shards disagree on tensor {name}: downl"):
+            load_transformer(hub)
+    edit_index(hub, lambda weight_map: weight_map.update({moved: "x" * 300 + ".safetensors"}))
+    with pytest.raises(FileNotFoundError, match=rf"x\.safetensors is missing, which {INDEX} names: an interr"):
+        load_transformer(hub)
 
 
-def disk_full(*_):
+@pytest.mark.parametrize(("text", "message"), [
+    ("[]", r"index\.json is no JSON object \(.*\): download it again"), ("{", r"index\.json is no JSON object \("),
+    ("{}", r'index\.json has no "weight_map" from tensor names to files: download'),
+    ('{"weight_map": {"x": 7}}', 'has no "weight_map"'), ('{"weight_map": [["x", "y"]]}', 'has no "weight_map"'),
+    ('{"weight_map": {}}', r"index\.json is no part of FLUX\.1 or SD3 .*its first tensor: none at all\): give an"),
+])
+def test_an_index_that_is_none(hub, text, message):
+    (hub / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load_transformer(hub)
+
+
+def test_a_missing_shard_is_named_and_a_lone_one_says_so(hub):
+    first, second = sorted(hub.glob("*.safetensors"))[:2]
+    with pytest.raises(CheckpointError, match=rf"{first.name} is one of \d+ shards: give the folder of all and the"):
+        load_transformer(first)
+    content = second.read_bytes()
+    second.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"{second.name} is an interrupted download: .* tensor .* is the first"):
+        load_transformer(hub)
+    second.unlink()
+    for path in (hub, hub.parent / "transformer"):
+        hub = hub.rename(path)
+    for path in (hub, hub.parent):
+        with pytest.raises(FileNotFoundError, match=rf"{second.name} is missing, which {INDEX} names: an interr"):
+            load_transformer(path)
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("limit", [None, 10**9, 100_000, 20_000, 1])
+def test_shards_hold_every_tensor_once_and_respect_the_limit(tmp_path, model, limit):
+    save_transformer(model, tmp_path / "hub", "hub", limit)
+    shards = sorted((tmp_path / "hub").glob("*.safetensors"))
+    contents = [load_file(shard) for shard in shards]
+    whole = {name: tensor for content in contents for name, tensor in content.items()}
+    assert sum(len(content) for content in contents) == len(whole) == len(list_tensors(find_weights(tmp_path / "hub")))
+    sizes = [sum(tensor.nbytes for tensor in content.values()) for content in contents]
+    assert (len(shards) == 1) == (limit in (None, 10**9)) and (limit != 1 or len(shards) == len(whole))
+    assert all(size <= limit or len(content) == 1 for size, content in zip(sizes, contents, strict=True) if limit)
+    if len(shards) > 1:
+        index = json.loads((tmp_path / "hub" / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(sizes)
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}  # without it transformers refuses the file
+    same_tensors(load_transformer(tmp_path / "hub").state_dict(), model.state_dict())
+
+
+def disk_full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def snapshot(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("failing", ["write", "replace"])
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("hub", [False, True])
-def test_a_failed_write_leaves_everything_as_it_was(tmp_path, tensors, monkeypatch, failing, existing, hub):
-    def write(content):
-        if hub:
-            write_folder(tmp_path / "hub", content, CONFIG, "model", 1)
-        else:
-            write_file(tmp_path / "x.safetensors", content)
-
+@pytest.mark.parametrize("layout", ["original", "hub"])
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path, model, monkeypatch, failing, existing, layout):
+    path = tmp_path / ("hub" if layout == "hub" else "x.safetensors")
     if existing:
-        write({"old": torch.ones(2)})
-    before = snapshot(tmp_path)
+        save_transformer(MMDiT(FLUX), path, layout)
+    before = contents(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, failing, disk_full)
-        write(tensors)
-    assert snapshot(tmp_path) == before
+        for module, name in ((weights.save, "save_file"), (weights.save, "save_torch_state_dict"), (os, "replace")):
+            if (module is os) == (failing == "replace"):
+                patch.setattr(module, name, disk_full)
+        save_transformer(model, path, layout)
+    assert contents(tmp_path) == before
     assert len(os.listdir(tmp_path)) == int(existing)  # no scratch folder either
 
 
-def test_a_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, tensors, monkeypatch):
-    write_folder(tmp_path / "hub", {"old": torch.ones(2)}, CONFIG, "model")
-    before, replace = snapshot(tmp_path), os.replace
+def test_a_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, hub, model, monkeypatch):
+    before, replace = contents(tmp_path), os.replace
 
     def replace_but_the_new(source, target):
         if source.name == "new":
@@ -196,30 +201,25 @@ def test_a_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, tens
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, "replace", replace_but_the_new)
-        write_folder(tmp_path / "hub", tensors, CONFIG, "model")
-    assert snapshot(tmp_path) == before and os.listdir(tmp_path) == ["hub"]
+        save_transformer(model, hub, "hub")
+    assert contents(tmp_path) == before and os.listdir(tmp_path) == ["hub"]
 
 
-def test_a_checkpoint_is_replaced_as_a_whole_and_nothing_else_ever(tmp_path, tensors):
-    hub = tmp_path / "hub"
-    write_folder(hub, tensors, CONFIG, "model", 1)
-    write_folder(hub, tensors, CONFIG, "model")
-    assert sorted(os.listdir(hub)) == ["config.json", "model.safetensors"]  # no shard of the first is left
+def test_a_checkpoint_is_replaced_as_a_whole_and_nothing_else_ever(hub, model):
+    save_transformer(model, hub, "hub")
+    assert sorted(os.listdir(hub)) == ["config.json", "diffusion_pytorch_model.safetensors"]  # no old shard is left
     (hub / "thesis.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match=r"holds more than a checkpoint \(thesis\.txt\)"):
-        write_folder(hub, tensors, CONFIG, "model")
+    with pytest.raises(CheckpointError, match=r"hub holds more than a checkpoint \(thesis\.txt\) and would be"):
+        save_transformer(model, hub, "hub")
     assert (hub / "thesis.txt").read_text() == "precious"
 
 
-def test_names_that_fit_no_layout_are_refused(tmp_path, tensors):
+def test_names_that_fit_no_layout_are_refused(tmp_path, model):
     (tmp_path / "file").write_text("")
     (tmp_path / "dir.safetensors").mkdir()
-    for path in (tmp_path / "file", tmp_path / "x.safetensors"):
-        with pytest.raises(CheckpointError, match="the hub layout is a folder"):
-            write_folder(path, tensors, CONFIG, "model")
-    for path in (tmp_path / "file.txt", tmp_path / "dir.safetensors"):
-        with pytest.raises(CheckpointError, match="the original layout is one file"):
-            write_file(path, tensors)
-    with pytest.raises(CheckpointError, match="max_shard_bytes must be at least 1"):
-        write_folder(tmp_path / "hub", tensors, CONFIG, "model", 0)
+    for name, layout, *limit in [("file", "hub"), ("x.safetensors", "hub"), ("file.txt", "original"),
+                                 ("dir.safetensors", "original"), ("hub", "hub", 0), ("x.safetensors", "original", 9)]:
+        message = f"max_shard_.*, got {limit[0]}" if limit else f"{name}: give a folder for the hub layout, a na"
+        with pytest.raises(CheckpointError, match=message):
+            save_transformer(model, tmp_path / name, layout, *limit)
     assert sorted(os.listdir(tmp_path)) == ["dir.safetensors", "file"]

@@ -157,14 +157,14 @@ def test_a_scale_beside_a_wide_matrix_and_two_scales_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=rf"has 1 tensors the model has no place for, first {name}\.scale_weight"):
         stored()
     save_file(tensors | {f"{name}.weight_scale": torch.ones(())}, stored.path)
-    with pytest.raises(CheckpointError, match=rf"a\.safetensors: {name}\.weight has two scales"):
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: tensor {name}\..*scale.* is F32 .*: use anoth"):
         stored()
 
 
 def test_float8_is_no_dtype_to_compute_in(tmp_path):
     stored = Stored(tmp_path, "flux")
     for dtype in (E4M3, E5M2, torch.int8, torch.bool):
-        with pytest.raises(CheckpointError, match=f"dtype must be one to compute in, .* got {dtype}.*keep_float8=True"):
+        with pytest.raises(CheckpointError, match=f"dtype must be one to compute in, not {dtype}: keep_float8 keeps"):
             stored(dtype=dtype)
 
 
@@ -185,6 +185,6 @@ def test_kept_float8_is_written_and_read_back_bit_for_bit(tmp_path, kind):
 
 def test_kept_float8_with_scales_is_not_written(tmp_path):
     model = Stored(tmp_path, "flux", scales="ComfyUI")()
-    with pytest.raises(CheckpointError, match=r"dual_blocks\.0\..* is float8 with a scale, which is not written: save"):
+    with pytest.raises(CheckpointError, match=r"dual_blocks\.0\..*\.scale is not written: load float8 weights in bfl"):
         save_transformer(model, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Which modules names and widths tell, in the public files and in others'."""
+"""Which networks names, prefixes and widths tell, in the public files and in others'."""
 
 from pathlib import Path
 
@@ -7,39 +7,41 @@ from small_models import CLIP, same_tensors
 from sparse import MANIFESTS, shapes_of, sparse_file
 
 from mmdit import ClipTextEncoder
-from weights import CheckpointError, load_text_encoder, save_text_encoder
+from weights import CheckpointError, load_autoencoder, load_text_encoder, load_transformer, save_text_encoder
+from weights.detect import recognize
 from weights.files import TensorEntry
-from weights.kinds import foreign, recognize
 
 
-def entries(tensors):
-    return {name: TensorEntry(Path("file"), name, "F32", shape) for name, shape in tensors.items()}
+def parts_of(tensors):
+    return recognize({name: TensorEntry(Path("file"), name, "F32", shape) for name, shape in tensors.items()},
+                     Path("file"))
 
 
 def roles(tensors):
-    return [module.role for module in recognize(entries(tensors))]
+    return [part.role for part in parts_of(tensors)]
 
 
-def test_every_tensor_of_a_public_file_belongs_to_the_module_it_is_of():
+def test_every_tensor_of_a_public_file_belongs_to_the_network_it_is_of():
     for manifest in MANIFESTS:
-        parts = recognize(entries(shapes_of(manifest)))
+        parts = parts_of(shapes_of(manifest))
         assert len(parts) == (2 if manifest.startswith("sai") else 1), manifest
-        named = [part.prefix + name for part in parts for name in part.entries]
+        named = [entry.name for part in parts for entry in part.entries.values()]
         second = {"encoder.embed_tokens.weight"} if "t5" in manifest else set()
         assert sorted({*named} | second) == sorted(shapes_of(manifest)) and len(named) == len(set(named))
-        assert foreign(shapes_of(manifest)) is None
+        assert not any(part.unused for part in parts)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_merged_files_are_parted_and_strange_names_belong_to_the_module_without_prefix(prefix):
-    modules = {prefix: "bfl/flux1-dev", "vae.": "bfl/ae", "text_encoders.clip_l.transformer.": "text/clip_l"}
-    merged = {name: shape for start, manifest in modules.items() for name, shape in shapes_of(manifest, start).items()}
-    parts = recognize(entries(merged | {"strange.weight": (1,)}))
-    assert {part.prefix: part.role for part in parts} == dict(zip(modules, ["transformer", "autoencoder", "clip_l"],
+def test_merged_files_are_parted_and_strange_names_belong_to_the_network_without_prefix(prefix):
+    networks = {prefix: "bfl/flux1-dev", "vae.": "bfl/ae", "text_encoders.clip_l.transformer.": "text/clip_l"}
+    merged = {name: shape for start, manifest in networks.items() for name, shape in shapes_of(manifest, start).items()}
+    parts = parts_of(merged | {"strange.weight": (1,)})
+    assert {part.prefix: part.role for part in parts} == dict(zip(networks, ["transformer", "autoencoder", "clip_l"],
                                                                   strict=True))
     for part in parts:
-        strange = {"strange.weight"} if part.prefix == "" or prefix else set()
-        assert part.entries.keys() == shapes_of(modules[part.prefix]).keys() | strange
+        strange = {"strange.weight"} if part.prefix == "" else set()
+        assert part.entries.keys() == shapes_of(networks[part.prefix]).keys() | strange
+        assert part.unused == (("strange.weight",) if prefix else ())
 
 
 def test_prefix_goes_before_width_and_width_tells_the_clips():
@@ -54,7 +56,7 @@ def test_prefix_goes_before_width_and_width_tells_the_clips():
 
 def test_the_same_rule_serves_loading(tmp_path):
     clip_g = sparse_file(tmp_path / "any.safetensors", shapes_of("text/clip_g"))
-    with pytest.raises(CheckpointError, match="holds no clip_l but CLIP text encoder"):
+    with pytest.raises(CheckpointError, match=r"any\.safetensors holds no clip_l but clip_g \(CLIP\): give another"):
         load_text_encoder(clip_g, which="clip_l")
     save_text_encoder(ClipTextEncoder(CLIP), tmp_path / "narrow.safetensors")
     for which in ("clip_l", "clip_g"):  # of a width that tells nothing: whoever asks knows
@@ -62,7 +64,10 @@ def test_the_same_rule_serves_loading(tmp_path):
                      load_text_encoder(tmp_path / "narrow.safetensors", CLIP).state_dict())
 
 
-@pytest.mark.parametrize(("name", "what"), [
+UNET = "down_blocks.0.resnets.0.conv1.weight"
+
+
+@pytest.mark.parametrize(("names", "what"), [
     ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", "a LoRA"),  # diffusers
     ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "a LoRA"),  # kohya
     ("double_blocks.0.processor.proj_lora1.down.weight", "a LoRA"),  # XLabs
@@ -73,20 +78,18 @@ def test_the_same_rule_serves_loading(tmp_path):
     ("double_blocks.0.img_attn.proj.weight.absmax", "quantized to 4 or 8 bits"),
     ("model.diffusion_model.double_blocks.0.img_attn.proj.weight.quant_state.bitsandbytes__nf4", "quantized to 4"),
     ("transformer_blocks.0.qkv_proj.qweight", "quantized to 4 or 8 bits"),
-    ("vision_model.embeddings.class_embedding", "a whole CLIP"),
-    ("double_stream_modulation_img.lin.weight", "FLUX.2"),
-    ("distilled_guidance_layer.in_proj.weight", "Chroma"),
+    ("double_stream_modulation_img.lin.weight", "FLUX.2"), ("distilled_guidance_layer.in_proj.weight", "Chroma"),
     ("model.diffusion_model.label_emb.0.0.weight", "SDXL"), ("add_embedding.linear_1.weight", "SDXL"),
     ("conditioner.embedders.1.model.ln_final.weight", "SDXL"),
-    ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion 1 or 2"),
-    ("down_blocks.0.resnets.0.conv1.weight", "Stable Diffusion 1 or 2"),
+    ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion 1 or 2"), (UNET, "Stable Diffusion 1 or 2"),
+    # the more telling name counts
+    (f"{UNET} add_embedding.linear_1.weight", "SDXL"), (f"{UNET} controlnet_mid_block.weight", "a ControlNet"),
 ])
-def test_names_of_other_models(name, what):
-    assert foreign(["another.weight", name]).startswith(what)
-
-
-def test_the_more_telling_name_counts():
-    unet = "down_blocks.0.resnets.0.conv1.weight"
-    assert foreign([unet, "add_embedding.linear_1.weight"]).startswith("SDXL")
-    assert foreign([unet, "controlnet_mid_block.weight"]).startswith("a ControlNet")
-    assert foreign(["encoder." + unet, "decoder.conv_in.weight"]) is None  # an autoencoder of the hub
+@pytest.mark.parametrize("load", [load_transformer, load_autoencoder, load_text_encoder])
+def test_names_of_other_models(tmp_path, load, names, what):
+    """Refused whatever is looked for, though parts of the file have names that are known."""
+    known = ["first_stage_model.encoder.down.0.block.0.conv1.weight", "another.weight",
+             "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"]
+    file = sparse_file(tmp_path / "x.safetensors", dict.fromkeys([*known, *names.split()], (2, 2)))
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors is {what}.*: give another file"):
+        load(file)

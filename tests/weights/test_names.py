@@ -1,115 +1,115 @@
 """Every table against the public checkpoints' own names and shapes, at full size, without any numbers."""
 
-import gzip
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from sparse import MANIFESTS, shapes_of
 
-from mmdit import PRESETS, AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config
-from weights import configs, load
+from mmdit import PRESETS, AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config, on_meta
+from weights import CheckpointError, configs
+from weights.detect import AUTOENCODER, CLIP, FLUX, SD3, T5, recognize
 from weights.files import TensorEntry
-from weights.names import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, CheckpointError, Sizes
-from weights.names_transformer import SD3_HUB, SD3_ORIGINAL
-from weights.shapes import Shapes
+from weights.layouts import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, Sizes
+from weights.tables import SD3_HUB, SD3_ORIGINAL
 
-MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "manifests.json.gz").read_bytes()))
 FLUX_VAE = AutoencoderConfig(scaling=0.3611, shift=0.1159)
 SD3_VAE = AutoencoderConfig(scaling=1.5305, shift=0.0609)
 CLIP_L = ClipConfig(projection_dim=None)
 CLIP_G = ClipConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20, activation="gelu",
                     projection_dim=1280)
 
-# manifest, the prefix of the part, what it is, its layout, its sizes
+# manifest, the prefix of the part, its kind, which of its layouts, its sizes
 CASES = [
-    ("bfl/flux1-dev", "", load.FLUX, "original", PRESETS["flux1-dev"]),
-    ("bfl/flux1-schnell", "", load.FLUX, "original", PRESETS["flux1-schnell"]),
-    ("bfl/ae", "", load.AUTOENCODER, "original", FLUX_VAE),
-    ("diffusers/flux1-dev.transformer", "", load.FLUX, "hub", PRESETS["flux1-dev"]),
-    ("diffusers/flux1-schnell.transformer", "", load.FLUX, "hub", PRESETS["flux1-schnell"]),
-    ("diffusers/flux1.vae", "", load.AUTOENCODER, "hub", FLUX_VAE),
-    ("diffusers/sd3-medium.transformer", "", load.SD3, "hub", PRESETS["sd3-medium"]),
-    ("diffusers/sd3.5-medium.transformer", "", load.SD3, "hub", PRESETS["sd3.5-medium"]),
-    ("diffusers/sd3.5-large.transformer", "", load.SD3, "hub", PRESETS["sd3.5-large"]),
-    ("diffusers/sd3.vae", "", load.AUTOENCODER, "hub", SD3_VAE),
-    ("sai/sd3_medium", "model.diffusion_model.", load.SD3, "original", PRESETS["sd3-medium"]),
-    ("sai/sd3.5_medium", "model.diffusion_model.", load.SD3, "original", PRESETS["sd3.5-medium"]),
-    ("sai/sd3.5_large", "model.diffusion_model.", load.SD3, "original", PRESETS["sd3.5-large-turbo"]),
-    ("sai/sd3_medium", "first_stage_model.", load.AUTOENCODER, "original", SD3_VAE),
-    ("sai/sd3.5_medium", "first_stage_model.", load.AUTOENCODER, "original", SD3_VAE),
-    ("sai/sd3.5_large", "first_stage_model.", load.AUTOENCODER, "original", SD3_VAE),
-    ("text/clip_l", "", load.CLIP_TEXT, "hub", CLIP_L),
-    ("text/clip_l.projection", "", load.CLIP_TEXT, "hub", replace(CLIP_L, projection_dim=768)),
-    ("text/clip_g", "", load.CLIP_TEXT, "hub", CLIP_G),
-    ("text/t5xxl", "", load.T5_TEXT, "hub", T5Config()),
+    ("bfl/flux1-dev", "", FLUX, 0, PRESETS["flux1-dev"]),
+    ("bfl/flux1-schnell", "", FLUX, 0, PRESETS["flux1-schnell"]),
+    ("bfl/ae", "", AUTOENCODER, 0, FLUX_VAE),
+    ("diffusers/flux1-dev.transformer", "", FLUX, 1, PRESETS["flux1-dev"]),
+    ("diffusers/flux1-schnell.transformer", "", FLUX, 1, PRESETS["flux1-schnell"]),
+    ("diffusers/flux1.vae", "", AUTOENCODER, 1, FLUX_VAE),
+    ("diffusers/sd3-medium.transformer", "", SD3, 1, PRESETS["sd3-medium"]),
+    ("diffusers/sd3.5-medium.transformer", "", SD3, 1, PRESETS["sd3.5-medium"]),
+    ("diffusers/sd3.5-large.transformer", "", SD3, 1, PRESETS["sd3.5-large"]),
+    ("diffusers/sd3.vae", "", AUTOENCODER, 1, SD3_VAE),
+    ("sai/sd3_medium", "model.diffusion_model.", SD3, 0, PRESETS["sd3-medium"]),
+    ("sai/sd3.5_medium", "model.diffusion_model.", SD3, 0, PRESETS["sd3.5-medium"]),
+    ("sai/sd3.5_large", "model.diffusion_model.", SD3, 0, PRESETS["sd3.5-large-turbo"]),
+    ("sai/sd3_medium", "first_stage_model.", AUTOENCODER, 0, SD3_VAE),
+    ("sai/sd3.5_medium", "first_stage_model.", AUTOENCODER, 0, SD3_VAE),
+    ("sai/sd3.5_large", "first_stage_model.", AUTOENCODER, 0, SD3_VAE),
+    ("text/clip_l", "", CLIP, 1, CLIP_L),
+    ("text/clip_l.projection", "", CLIP, 1, replace(CLIP_L, projection_dim=768)),
+    ("text/clip_g", "", CLIP, 1, CLIP_G),
+    ("text/t5xxl", "", T5, 1, T5Config()),
 ]
-CLASSES = {load.FLUX: "FluxTransformer2DModel", load.SD3: "SD3Transformer2DModel", load.AUTOENCODER: "AutoencoderKL",
-           load.CLIP_TEXT: "CLIPTextModelWithProjection", load.T5_TEXT: "T5EncoderModel"}
+CLASSES = {FLUX: "FluxTransformer2DModel", SD3: "SD3Transformer2DModel", AUTOENCODER: "AutoencoderKL",
+           CLIP: "CLIPTextModelWithProjection", T5: "T5EncoderModel"}
+
+
+def recognized(manifest, hub=None):
+    """The parts of a public file, with this config.json beside it."""
+    entries = {name: TensorEntry(Path("file"), name, "F32", shape) for name, shape in shapes_of(manifest).items()}
+    return recognize(entries, Path("file"), hub)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}:{case[1]}")
 def case(request):
-    """(tensors of the part without their prefix, kind, layout, config, config.json of the manifest, prefix)."""
+    """(the part as it is recognized in the file, its kind, which of its layouts, its sizes, config.json)."""
     name, prefix, kind, which, config = request.param
-    manifest = MANIFESTS[name]
-    tensors = {n.removeprefix(prefix): tuple(s) for n, s in manifest["tensors"].items() if n.startswith(prefix)}
-    return tensors, kind, getattr(kind, which), config, manifest["config"], prefix
+    hub = MANIFESTS[name]["config"]
+    projected = getattr(config, "projection_dim", 1) is not None
+    hub = {**hub, "_class_name": CLASSES[kind] if projected else "CLIPTextModel"} if hub else None
+    (part,) = [part for part in recognized(name, hub) if part.prefix == prefix]
+    return part, kind, which, config, hub
 
 
-def on_meta(kind, config):
-    with torch.device("meta"):
-        return kind.module(config).state_dict()
+def stored_names(part):
+    return {entry.name.removeprefix(part.prefix): entry.shape for entry in part.entries.values()}
 
 
 def test_our_module_mapped_to_a_layout_is_the_public_file(case):
-    tensors, kind, layout, config, _, _ = case
-    parts = layout.split(on_meta(kind, config), configs.sizes_of(config))
-    mapped = {theirs: tuple(part.shape) for _, theirs, part in parts}
-    mapped |= {copy: mapped[name] for copy, name in layout.copies.items()}
-    assert mapped == tensors
+    part, kind, which, config, _ = case
+    assert part.kind is kind and part.layout in (kind.layouts[0], kind.layouts[which])
+    parts = kind.layouts[which].split(on_meta(kind.module, config).state_dict(), configs.sizes_of(config))
+    assert {theirs: tuple(tensor.shape) for _, theirs, tensor in parts} == stored_names(part)
 
 
 def test_the_public_file_mapped_to_our_names_is_our_module(case):
-    tensors, kind, layout, config, _, _ = case
-    used = []
-
-    def read(name):
-        used.append(name)
-        return torch.empty(tensors[name], device="meta")
-
-    for name, tensor in on_meta(kind, config).items():
-        assert layout.join(name, configs.sizes_of(config), read).shape == tensor.shape, name
-    assert sorted([*used, *layout.copies]) == sorted(tensors)  # each stored tensor is read, and once
+    part, kind, which, config, _ = case
+    stored, sizes, used = stored_names(part), configs.sizes_of(config), []
+    for name, tensor in on_meta(kind.module, config).state_dict().items():
+        theirs, transform = kind.layouts[which].find(name, sizes)
+        used += theirs
+        tensors = [torch.empty(stored[their], device="meta") for their in theirs]
+        assert transform.read(torch.cat(tensors), sizes.patch).shape == tensor.shape, name
+    assert sorted(used) == sorted(stored)  # each stored tensor is read, and once
 
 
 def test_sizes_are_found_from_names_and_shapes(case):
-    tensors, kind, layout, config, _, prefix = case
-    stored = Shapes({n: TensorEntry(Path("file"), n, "F32", s) for n, s in tensors.items()}, layout, prefix)
-    found = kind.fields(stored)
-    if kind is load.AUTOENCODER and layout is kind.hub:  # whose latents only config.json describes
-        assert found.items() <= vars(config).items()
+    part, kind, which, config, _ = case
+    found = configs.fields(part)
+    assert found.items() <= vars(config).items()
+    if kind is AUTOENCODER and which:  # whose latents only config.json describes
         with pytest.raises(CheckpointError, match="scaling and shift"):
-            kind.rest(stored, found)
+            configs.usual(part, found)
     else:
-        assert kind.config(**kind.rest(stored, found) | found) == config
+        assert kind.config(**configs.usual(part, found) | found) == config
 
 
-def test_sizes_are_found_from_config_json(case):
-    _, kind, layout, config, hub, _ = case
-    if layout is not kind.hub:
+def test_sizes_are_found_with_config_json(case):
+    part, kind, which, config, hub = case
+    if not which:
         return
-    projected = getattr(config, "projection_dim", 1) is not None
-    hub = hub | {"_class_name": CLASSES[kind] if projected else "CLIPTextModel"}
-    assert kind.from_hub(hub) == config
-    assert kind.from_hub(configs.to_hub(config)) == config
+    for written in (hub, configs.to_hub(config)):
+        again = replace(part, layout=kind.layouts[which], config=written)  # T5's and CLIP's names do not tell it
+        assert configs.find_config(again, None, None) == config
 
 
 @pytest.mark.parametrize("end", [2, 49407])
 def test_clip_end_token_2_in_old_configs_is_the_highest_id(end):
     hub = MANIFESTS["text/clip_l"]["config"] | {"architectures": ["CLIPTextModel"], "eos_token_id": end}
-    assert configs.clip_from_hub(hub).end_token == 49407
+    assert configs.find_config(recognized("text/clip_l", hub)[0], None, None).end_token == 49407
 
 
 @pytest.mark.parametrize(("transform", "stored", "ours"), [
@@ -137,26 +137,24 @@ def test_a_tensor_without_a_place_is_refused():
         SD3_ORIGINAL.find("single_blocks.0.linear_in.weight", Sizes())
 
 
-def test_hub_configs_that_our_modules_cannot_follow_are_refused():
-    flux = configs.to_hub(PRESETS["flux1-dev"])
-    for changes, message in [
-        ({"_class_name": "PixArtTransformer2DModel"}, "describes a PixArtTransformer2DModel, expected Flux"),
-        ({"out_channels": 384}, "out_channels 384, expected None or 64"),
-    ]:
-        with pytest.raises(CheckpointError, match=message):
-            configs.transformer_from_hub(flux | changes)
-    with pytest.raises(CheckpointError, match="no entry num_layers"):
-        configs.transformer_from_hub({k: v for k, v in flux.items() if k != "num_layers"})
-    with pytest.raises(CheckpointError, match="qk_norm 'layer_norm'"):
-        configs.transformer_from_hub(configs.to_hub(PRESETS["sd3.5-large"]) | {"qk_norm": "layer_norm"})
-    with pytest.raises(CheckpointError, match="use_quant_conv True, expected False"):
-        configs.autoencoder_from_hub(configs.to_hub(FLUX_VAE) | {"use_quant_conv": True})
-    with pytest.raises(CheckpointError, match="feed_forward_proj 'relu'"):
-        configs.t5_from_hub(configs.to_hub(T5Config()) | {"feed_forward_proj": "relu"})
-    with pytest.raises(CheckpointError, match="expected CLIPTextModel"):
-        configs.clip_from_hub(configs.to_hub(T5Config()))
+@pytest.mark.parametrize(("manifest", "config", "changes", "message"), [
+    ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"_class_name": "PixArtTransformer2DModel"},
+     "config.json describes a PixArtTransformer2DModel, expected FluxTransformer2DModel or SD3Transf.*: give another"),
+    ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"patch_size": 2}, r"patch_size 2, expected .*: give"),
+    ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"axes_dims_rope": [64, 64]}, "rope_axes must be three"),
+    ("diffusers/sd3.5-large.transformer", PRESETS["sd3.5-large"], {"qk_norm": "layer_norm"}, "qk_norm 'layer_norm'"),
+    ("diffusers/flux1.vae", FLUX_VAE, {"use_quant_conv": True}, r"use_quant_conv True, expected .*False.*: give"),
+    ("text/t5xxl", T5Config(), {"feed_forward_proj": "relu"}, "feed_forward_proj 'relu', expected .*'gated-gelu'.*: g"),
+    ("text/clip_l", CLIP_L, {"architectures": ["T5EncoderModel"]}, "a T5EncoderModel, expected CLIPTextModel or CLIPT"),
+])
+def test_hub_configs_that_our_modules_cannot_follow_are_refused(manifest, config, changes, message):
+    (part,) = recognized(manifest, configs.to_hub(config))
+    assert configs.find_config(part, None, None) == config
+    part.config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        configs.find_config(part, None, None)
 
 
 def test_every_preset_is_covered_by_a_manifest():
     covered = {config for *_, config in CASES if isinstance(config, MMDiTConfig)}
-    assert covered == set(PRESETS.values())  # Kontext has the sizes of dev, turbo those of large
+    assert covered == set(PRESETS.values())  # Kontext has the sizes of dev, de-distill schnell's, turbo those of large
