@@ -39,6 +39,8 @@ class ClipConfig:
                 f"ClipConfig.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
                 "every head takes an equal share of the width"
             )
+        if not 0 <= self.end_token < self.vocab_size:
+            raise ValueError(f"ClipConfig.end_token {self.end_token} is not below vocab_size {self.vocab_size}")
 
 
 class ClipOutput(NamedTuple):

@@ -42,7 +42,7 @@ def describe(part: Part, family: str | None, check: bool) -> dict[str, object]:
         "dtype": ", ".join(dtypes if len(dtypes) == 1 else (f"{n} × {dtype}" for dtype, n in dtypes.items())),
         "parameters": sum(prod(entry.shape) for name, entry in stored if not name.endswith("pos_embed")),  # SD3's table
         "bytes": sum(entry.nbytes for entry in both), "problem": problem,
-        "passed over": f"{len(part.unused)} tensors of no network, first {part.unused[0]}" if part.unused else "",
+        "passed over": f"{len(part.unused)} stray tensors, first {part.unused[0]}" if part.unused else "",
         "NaN or inf": ", ".join(entry.name for entry in tqdm(both if check else [], part.path.name, disable=not check)
                                 if entry.dtype in DTYPES and not read_stored(entry).double().isfinite().all()),
     }

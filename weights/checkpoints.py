@@ -43,7 +43,6 @@ class Public(NamedTuple):
 
 _FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
 _LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
-_SD3 = Settings(28, 4.5, shift=3.0)
 
 PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # of several with one transformer's sizes, the first whose names match counts; the last where none does
@@ -57,13 +56,13 @@ PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     "flux1-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", r"schnell",
                       Settings(4, shift=1.0, prompt_tokens=256)),
     "sd3-medium": ("stabilityai/stable-diffusion-3-medium-diffusers", "sd3_medium.safetensors", r"3[^a-z5]*medium",
-                   replace(_SD3, guidance=7.0)),
+                   Settings(28, 7.0, shift=3.0)),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors", r"3[._]?5[^a-z]*medium",
-                     replace(_SD3, steps=40)),
+                     Settings(40, 4.5, shift=3.0)),
     "sd3.5-large-turbo": ("stabilityai/stable-diffusion-3.5-large-turbo", "sd3.5_large_turbo.safetensors", r"turbo",
                           Settings(4, shift=3.0, repulsion=replace(_LARGE, steps=1))),
     "sd3.5-large": ("stabilityai/stable-diffusion-3.5-large", "sd3.5_large.safetensors",
-                    r"3[._]?5[^a-z]*large(?![a-z])", replace(_SD3, repulsion=_LARGE)),
+                    r"3[._]?5[^a-z]*large(?![a-z])", Settings(28, 4.5, shift=3.0, repulsion=_LARGE)),
 }.items()}
 
 

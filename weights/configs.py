@@ -75,8 +75,7 @@ def usual(part: "Part", found: Fields) -> Fields:
     width = found.get("hidden_size")
     if part.kind.config is AutoencoderConfig:
         if part.layout.name.startswith("hub") or found["latent_channels"] != 16:
-            raise CheckpointError("the scaling and shift of these latents are not known without a config.json: "
-                                  "give config=AutoencoderConfig(...), or load it with the transformer it belongs to")
+            raise CheckpointError("the scaling and shift of these latents are not known: give a config or a family")
         return LATENTS["sd3" if part.prefix.endswith("first_stage_model.") else "flux"]
     if part.kind.config is ClipConfig:
         return {"num_heads": max(width // 64, 1), "end_token": found["vocab_size"] - 1,
@@ -96,37 +95,43 @@ class HubClass(NamedTuple):
     """The config.json of one class of diffusers or transformers."""
 
     config: type
-    entries: str  # our field or property, and the entry if that has another name
+    entries: dict[str, str]  # our field or property: the entry
     fixed: dict[str, tuple]  # entries with one meaning here: the values that are read, the first of which is written
     written: Json = {}  # other entries that from_pretrained needs
 
 
-_TRANSFORMER = """num_heads=num_attention_heads head_dim=attention_head_dim num_dual_blocks=num_layers
-                  context_dim=joint_attention_dim pooled_dim=pooled_projection_dim """
-_CLIP = HubClass(ClipConfig, """vocab_size hidden_size intermediate_size num_layers=num_hidden_layers
+def _pairs(names: str) -> dict[str, str]:
+    """ "ours=theirs …", or one name for both."""
+    return {pair.split("=")[0]: pair.split("=")[-1] for pair in names.split()}
+
+
+_TRANSFORMER = _pairs("""num_heads=num_attention_heads head_dim=attention_head_dim num_dual_blocks=num_layers
+                  context_dim=joint_attention_dim pooled_dim=pooled_projection_dim""")
+_CLIP = HubClass(ClipConfig, _pairs("""vocab_size hidden_size intermediate_size num_layers=num_hidden_layers
                  num_heads=num_attention_heads max_positions=max_position_embeddings activation=hidden_act
-                 end_token=eos_token_id """,
+                 end_token=eos_token_id"""),
                  {"layer_norm_eps": (1e-5, None)}, {"model_type": "clip_text_model", "pad_token_id": 1})
-_T5 = HubClass(T5Config, """vocab_size hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_layers num_heads
-               relative_buckets=relative_attention_num_buckets relative_max_distance=relative_attention_max_distance""",
+_T5 = HubClass(T5Config, _pairs("""vocab_size hidden_size=d_model head_dim=d_kv intermediate_size=d_ff num_layers
+               num_heads relative_buckets=relative_attention_num_buckets
+               relative_max_distance=relative_attention_max_distance"""),
                {"feed_forward_proj": ("gated-gelu",), "layer_norm_epsilon": (1e-6, None)},
                {"model_type": "t5", "is_encoder_decoder": False, "eos_token_id": 1, "pad_token_id": 0})
 HUB_CLASSES = {
     "FluxTransformer2DModel": HubClass(
-        MMDiTConfig, _TRANSFORMER + """patch_dim=in_channels num_single_blocks=num_single_layers
-        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope""", {"patch_size": (1, None)}),
+        MMDiTConfig, _TRANSFORMER | _pairs("""patch_dim=in_channels num_single_blocks=num_single_layers
+        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope"""), {"patch_size": (1, None)}),
     "SD3Transformer2DModel": HubClass(
-        MMDiTConfig, _TRANSFORMER + """latent_channels=in_channels patch_size hidden_size=caption_projection_dim
-        position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers""",
+        MMDiTConfig, _TRANSFORMER | _pairs("""latent_channels=in_channels patch_size hidden_size=caption_projection_dim
+        position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers"""),
         {"qk_norm": ("rms_norm", None)}, {"sample_size": 128}),
     "AutoencoderKL": HubClass(
-        AutoencoderConfig, """channels=block_out_channels latent_channels blocks_per_level=layers_per_block
-        norm_groups=norm_num_groups scaling=scaling_factor shift=shift_factor""",
+        AutoencoderConfig, _pairs("""channels=block_out_channels latent_channels blocks_per_level=layers_per_block
+        norm_groups=norm_num_groups scaling=scaling_factor shift=shift_factor"""),
         {"in_channels": (3, None), "out_channels": (3, None), "act_fn": ("silu", None), "use_quant_conv": (False,),
          "use_post_quant_conv": (False,), "mid_block_add_attention": (True, None)},
         {"sample_size": 1024, "force_upcast": True}),
     "CLIPTextModel": _CLIP,
-    "CLIPTextModelWithProjection": _CLIP._replace(entries=_CLIP.entries + "projection_dim"),
+    "CLIPTextModelWithProjection": _CLIP._replace(entries=_CLIP.entries | _pairs("projection_dim")),
     "T5EncoderModel": _T5, "T5ForConditionalGeneration": _T5,
 }
 
@@ -159,23 +164,17 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
         if hub.get(key) not in values:
             raise CheckpointError(f"config.json has {key} {hub.get(key)!r:.60}, expected one of {values}: give another "
                                   "model")
-    names = entries_of(known)
-    stated = {our: hub.get(key) for our, key in names.items() if our in REST and our not in found}
+    if "projection_dim" in known.entries and found["projection_dim"] is None:
+        raise CheckpointError(f"the tensors hold no projection, which a {name} has: download them again")
+    stated = {our: hub.get(key) for our, key in known.entries.items() if our in REST and our not in found}
     rest = {our: REST[our][1] if value is None else value for our, value in stated.items()}
     for our, value in rest.items():
         types = {float: (float, int)}.get(REST[our][0], (REST[our][0],))
         if type(value) not in types or int in types and not (-1e9 if our == "shift" else 1e-9) < value < 1e9:
-            raise CheckpointError(f"config.json has {names[our]} {value!r:.60}: download it again")
+            raise CheckpointError(f"config.json has {known.entries[our]} {value!r:.60}: download it again")
     if kind.config is ClipConfig and rest["end_token"] == 2:  # a known error in most public files
         rest["end_token"] = found["vocab_size"] - 1
-    if kind.config is ClipConfig and rest["end_token"] >= found["vocab_size"]:
-        raise CheckpointError(f"config.json has eos_token_id {rest['end_token']}, expected one below vocab_size "
-                              f"{found['vocab_size']}: download it again")
     return kind.config(**rest | found)
-
-
-def entries_of(known: HubClass) -> dict[str, str]:
-    return {pair.split("=")[0]: pair.split("=")[-1] for pair in known.entries.split()}
 
 
 def to_hub(config: Config) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def to_hub(config: Config) -> dict[str, Any]:
                 and ("Projection" in name) == (getattr(config, "projection_dim", None) is not None))
     known = HUB_CLASSES[name]
     hub = {"_class_name": name} if known.config in (MMDiTConfig, AutoencoderConfig) else {"architectures": [name]}
-    values = {key: getattr(config, our) for our, key in entries_of(known).items()}
+    values = {key: getattr(config, our) for our, key in known.entries.items()}
     hub |= {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     hub |= {key: values[0] for key, values in known.fixed.items()} | dict(known.written)
     if name == "SD3Transformer2DModel":

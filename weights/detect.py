@@ -38,7 +38,6 @@ KINDS = FLUX, SD3, AUTOENCODER, CLIP, T5 = (
     Kind("t5", T5Encoder, T5Config, (tables.T5, tables.T5)),
 )
 ENCODERS = ("clip_l", "clip_g", "clip", "t5")
-SPELL = ("tokenizer.json", "vocab.json", "spiece.model")
 
 # Patterns of names that only unsupported models have, and what such a file is. The first match counts.
 FOREIGN = {
@@ -84,8 +83,7 @@ class Part:
         shape, axes = self.shape(ours), 1 if ".norm" in ours else 2
         if shape is None or len(shape) < axes or 0 in shape:
             name, has = self.layout.find(ours, Sizes())[0][0], "is missing" if shape is None else f"has shape {shape}"
-            raise CheckpointError(f"tensor {self.prefix}{name} {has}, expected one of {axes} axes or more, none empty: "
-                                  "give the whole file, or the folder of all shards, or download it again")
+            raise CheckpointError(f"tensor {self.prefix}{name} {has}, expected {axes} axes or more: download it again")
         return shape
 
     def count(self, ours: str) -> int:
@@ -151,8 +149,8 @@ def parts_at(root: Path) -> tuple[list[Part], dict[Path, Exception]]:
     hub = [root / name for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")]
     places = {folder: weights for folder in (*hub, root) if (weights := find_weights(folder))}
     for folder in [root, root / "text_encoders", *(folder for folder in hub if folder not in places)]:
-        places |= {file: file for file in sorted(folder.glob("*")) if not file.name.startswith(STEMS)
-                   and file.suffix in (*SUFFIXES, ".gguf", *PICKLES)}
+        places |= {file: file for file in sorted(folder.glob("*")) if file.suffix in (*SUFFIXES, ".gguf", *PICKLES)
+                   and not (file.is_dir() or file.name.startswith(STEMS) and file.suffix in (".safetensors", ".bin"))}
     parts, refused = [], {}
     for place, weights in places.items():
         try:
@@ -211,13 +209,12 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
         if main is None or part.kind is not AUTOENCODER or part.family in (None, family):
             found.setdefault(part.role, part)
     if not found:
-        nothing = FileNotFoundError(f"{root} holds no .safetensors file: give the file or its folder")
-        raise [*refused.values(), nothing][0]
+        raise [*refused.values(), FileNotFoundError(f"{root} holds no .safetensors file: give another path")][0]
     wanted = FAMILIES.get(family, {})
     found = {role: found[role] for role in (wanted if main else sorted(found)) if role in found}
     folder = home if tokenizers is None else resolve(tokenizers)
     spell = {role.removeprefix("tokenizer of "): folder / where.split("/")[0] for role, where in wanted.items()
-             if role.startswith("tokenizer") and any((folder / where.split("/")[0] / name).is_file() for name in SPELL)}
+             if role.startswith("tokenizer") and (folder / where.split("/")[0]).is_dir()}
     used, is_hub = {part.path for part in found.values()}, (home / "model_index.json").is_file()
     have = {*found, *(f"tokenizer of {role}" for role in spell)}
     if is_hub and (cut := lacking(home)):
@@ -237,7 +234,8 @@ def find_parts(path: PathLike, roles: Sequence[str], component: str | None = Non
     parts = [part for part in judged.parts.values() if root.is_dir() or part.path == root]
     if found := [part for part in parts if part.role in roles or (part.role == "clip" and "clip" in "".join(roles))]:
         return found
-    held = "; ".join([*(f"{part.role} ({part.layout.name})" for part in parts), *map(str, judged.beside.values())])
+    refused = [str(error) for error in judged.beside.values() if isinstance(error, Exception)]
+    held = "; ".join([*(f"{part.role} ({part.layout.name})" for part in parts), *refused])
     raise CheckpointError(f"{root} holds no {' or '.join(roles)} but {held}: give another file")
 
 

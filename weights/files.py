@@ -85,8 +85,7 @@ def _what_else(file: Path) -> str | None:
             if end - start != prod(about["shape"]) * _bits(about["dtype"]) // 8:
                 return f"damaged: tensor {name} has {end - start:,} bytes, not those of its shape: download it again"
             if 8 + length + end > size:
-                return (f"an interrupted download: {size:,} of {whole:,} bytes are there, tensor {name} is the first "
-                        "that is cut: download it again")
+                return f"an interrupted download: {size:,} of {whole:,} bytes, up to tensor {name}: download it again"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -102,8 +101,7 @@ def list_tensors(weights: Path) -> dict[str, TensorEntry]:
         if not re.fullmatch(r"[^/\\\0]+\.(safetensors|sft)", shard):
             raise CheckpointError(f"{weights} points to {shard!r}, no weights in its own folder: do not trust it")
         if not os.path.isfile(weights.parent / shard):  # False for names that are too long, too
-            raise FileNotFoundError(f"{weights.parent / shard} is missing, which {weights.name} names: an interrupted "
-                                    "download, run it again")
+            raise FileNotFoundError(f"{weights.parent / shard} is missing: an interrupted download, run it again")
         entries |= read_header(weights.parent / shard)
     for name in entries.keys() | weight_map.keys():
         if name not in entries or entries[name].file.name != weight_map.get(name):
@@ -174,16 +172,14 @@ def resolve(path: str | os.PathLike, component: str | None = None, download: boo
         try:  # the files of a pipeline's folders that are read: not the original files there, nor float16 variants
             snapshot = Path(snapshot_download(text, local_files_only=not online, allow_patterns=read,
                                               ignore_patterns=["text_encoders/*", "*.fp16*"]))
-            lacks = lacking(snapshot, component)
+            lacks, reason = lacking(snapshot, component), "it is not in the hub's folder layout"
             if lacks is None or not download:
                 return snapshot
         except Exception as error:  # raised by several packages, without a common class
-            if online or not download:
-                raise FileNotFoundError(f"{text}: the cache lacks {lacks}, and it could not be downloaded "
-                                        f"({shorten(str(error), 200)}): check name and network, accept the license on "
-                                        f"its page, run `hf auth login`, then `hf download {text}`") from error
-    raise FileNotFoundError(f"{text} has no {lacks}, so it is not in the hub's folder layout: run `hf download {text} "
-                            "FILE` for one of its files, then give its path")
+            reason = shorten(str(error), 200)
+    raise FileNotFoundError(f"{text}: the hub's cache lacks {lacks}, and there is no download of it ({reason}): check "
+                            "name and network, accept the license on its page, run `hf auth login`, then `hf download "
+                            f"{text}`, or `hf download {text} FILE` and give the path that it prints")
 
 
 def lacking(folder: Path, component: str | None = None) -> str | None:

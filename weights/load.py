@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
@@ -83,13 +83,9 @@ class Stored:
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
              keep_float8: bool = False) -> nn.Module:
-        """The module in `dtype` (None: as stored) on `device`; see `load_transformer`. Raises CheckpointError for a
-        dtype that is not for computation, such as float8."""
-        if dtype is not None and (not dtype.is_floating_point or dtype.itemsize < 2):
-            raise CheckpointError(f"dtype must be one to compute in, not {dtype}: keep_float8 keeps float8 weights")
+        """The module in `dtype` (None: as stored) on `device`; see `load_transformer`."""
         if unused := self.part.unused:
-            warnings.warn(f"{self.part.path}: {len(unused)} tensors of no network passed over, first {unused[0]}",
-                          stacklevel=3)
+            warnings.warn(f"{self.part.path}: {len(unused)} stray tensors passed over, first {unused[0]}", stacklevel=3)
         model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
         state, opened = {}, cache(OPEN)
         for name in model.state_dict():
@@ -118,7 +114,10 @@ OPEN = partial(safe_open, framework="pt")
 
 def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open] = OPEN) -> Tensor:
     """A tensor as it is stored, without its scale: a view of the mapped file."""
-    tensor = opened(entry.file).get_tensor(entry.name)
+    try:
+        tensor = opened(entry.file).get_tensor(entry.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{entry.file} has changed since it was recognized ({error}): load it again") from error
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
 
 from . import configs
-from .detect import AUTOENCODER, CLIP, FLUX, SD3, T5, Kind, PathLike, read_parts
-from .files import STEMS, find_weights
+from .detect import AUTOENCODER, CLIP, FLUX, SD3, T5, Kind, Part, PathLike
+from .files import STEMS, TensorEntry
 from .layouts import CheckpointError
 from .load import open_part
 
@@ -52,8 +52,7 @@ def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
 def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None) -> None:
     path, config, hub = Path(path), model.config, layout == "hub"
     if layout not in ("original", "hub") or (max_shard_bytes is not None and (not hub or max_shard_bytes < 1)):
-        raise CheckpointError(f'layout must be "original" or "hub", got {layout!r}, and max_shard_bytes, for "hub", at '
-                              f"least 1, got {max_shard_bytes}")
+        raise CheckpointError(f'layout "original", or "hub" in shards from 1 byte, got {layout!r}, {max_shard_bytes}')
     if hub == (path.suffix == ".safetensors") or (path.exists() and hub != path.is_dir()):
         raise CheckpointError(f"{path}: give a folder for the hub layout, a name in .safetensors for the original one")
     usual = re.compile(r"config\.json|.*\.safetensors(\.index\.json)?")
@@ -62,10 +61,14 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
     names = kind.layouts[hub]
     if scaled := [name for name, _ in model.named_buffers() if name.endswith(".scale")]:
         raise CheckpointError(f"{scaled[0]} is not written: load float8 weights in bfloat16, without keep_float8")
-    of_flux = kind is AUTOENCODER and config.scaling != configs.LATENTS["sd3"]["scaling"]
-    prefix = "" if of_flux else names.prefix
-    tensors = {prefix + theirs: tensor.detach().clone() if hub else tensor.detach().contiguous()
-               for _, theirs, tensor in names.split(model.state_dict(), configs.sizes_of(config))}
+    prefix = names.prefix if kind is not AUTOENCODER or config.scaling == configs.LATENTS["sd3"]["scaling"] else ""
+    parts = {theirs: tensor.detach() for _, theirs, tensor in names.split(model.state_dict(), configs.sizes_of(config))}
+    entries = {theirs: TensorEntry(path, theirs, "F32", tuple(tensor.shape)) for theirs, tensor in parts.items()}
+    part = Part(kind, names, "", entries, path, configs.to_hub(config), ())
+    again = {**vars(open_part(part, None if hub else config).config), **configs.fields(part)}
+    if lost := [name for name, value in again.items() if value != getattr(config, name)]:
+        raise CheckpointError(f"{path}: the {names.name} layout cannot store {lost[0]} {getattr(config, lost[0])!r}")
+    tensors = {prefix + theirs: part.clone() if hub else part.contiguous() for theirs, part in parts.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     new, old = scratch / "new", scratch / "old"
@@ -75,8 +78,6 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
             save_torch_state_dict(tensors, new, filename_pattern=STEMS[kind in (CLIP, T5)] + "{suffix}.safetensors",
                                   max_shard_size=max_shard_bytes or 2**62)
             (new / "config.json").write_text(json.dumps(configs.to_hub(config), indent=2) + "\n", encoding="utf-8")
-            if (found := open_part(read_parts(find_weights(new), path)[0]).config) != config:
-                raise CheckpointError(f"the {names.name} layout cannot store this model: read again it is {found}")
         else:
             save_file(tensors, new, metadata={"format": "pt"})
         if hub and path.exists():

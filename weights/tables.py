@@ -43,7 +43,7 @@ SD3_ORIGINAL = Layout(
 # The rows that both families share on the hub.
 _HUB_ROWS = [
     ("context_in", "context_embedder"),
-    ("{time,pooled,guidance}_in.{in,out}_layer", "time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}"),
+    ("{time,pooled}_in.{in,out}_layer", "time_text_embed.{timestep,text}_embedder.linear_{1,2}"),
     ("dual_blocks.{i}.{image,context}.modulation", "transformer_blocks.{i}.{norm1,norm1_context}.linear"),
     ("dual_blocks.{i}.{image,context}.mlp.{in,out}_layer", "transformer_blocks.{i}.{ff,ff_context}.net.{0.proj,2}"),
     ("dual_blocks.{i}.attention.image.qkv", "transformer_blocks.{i}.attn.to_{q,k,v}"),
@@ -56,6 +56,7 @@ _HUB_ROWS = [
 FLUX_HUB = Layout(
     "hub FLUX.1", "single_transformer_blocks.0.attn.to_q.weight", rows=[
         ("{image_in,image_out}", "{x_embedder,proj_out}"),
+        ("guidance_in.{in,out}_layer", "time_text_embed.guidance_embedder.linear_{1,2}"),
         *_HUB_ROWS,
         ("single_blocks.{i}.{modulation,linear_out}", "single_transformer_blocks.{i}.{norm.linear,proj_out}"),
         ("single_blocks.{i}.linear_in", "single_transformer_blocks.{i}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),

@@ -52,7 +52,7 @@ def entry(start=0, end=8, shape=(2,), dtype="F32"):
     ({"a": entry(), "b": entry()}, r"damaged \(.*\)"),
     ({"a": entry(0, 4, (1,)), "b": entry(6, 8, (1,), "F16")}, r"damaged \(.*\)"),  # a gap
     ({"a.b": entry(4, 8, (1,))}, r"damaged \(.*\)"), ({"a.b": entry(0, 4, (1,))}, r"damaged \(.*\)"),
-    ({"a.b": entry(0, 12, (3,))}, r"an interrupted download: \d+ of \d+ bytes are there.*a\.b is the first"),
+    ({"a.b": entry(0, 12, (3,))}, r"an interrupted download: \d+ of \d+ bytes, up to tensor a\.b"),
     ({"a.b": entry(0, 8, (3,))}, r"damaged: tensor a\.b has 8 bytes, not those of its shape"),
     ({"a.b": entry(8, 0)}, r"damaged: tensor a\.b has -8 bytes, not those of its shape"),
     ({"a.b": entry(shape=(2**62,))}, r"damaged: tensor a\.b has 8 bytes, not those of its shape"),

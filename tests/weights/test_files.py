@@ -35,7 +35,7 @@ def hub(tmp_path, model):
     (lambda whole: b"", "an interrupted download: it has 0 bytes, fewer than its header: download it again"),
     (lambda whole: whole[:5], "an interrupted download: it has 5 bytes, fewer than its header"),
     (lambda whole: whole[:50], "an interrupted download: it has 50 bytes, fewer than its header"),
-    (lambda whole: whole[:-1], r"an interrupted download: [\d,]+ of [\d,]+ bytes are there.* is the first that is cut"),
+    (lambda whole: whole[:-1], r"an interrupted download: [\d,]+ of [\d,]+ bytes, up to tensor "),
     (lambda whole: whole + b"x", "damaged .*: download it again"),
     (lambda whole: (9).to_bytes(8, "little") + b"not json!", "damaged .*: download it again"),
     (lambda whole: (0x280).to_bytes(8, "little") + b'{"a": ', "an interrupted download"),  # a pickle begins like that
@@ -57,7 +57,7 @@ def test_of_a_cut_file_the_first_cut_tensor_is_named(tmp_path, model):
     at = {name: json.loads(content[8:start])[name]["data_offsets"] for name in header}
     for name, (_, end) in at.items():
         file.write_bytes(content[: start + end - 1])
-        with pytest.raises(CheckpointError, match=f"tensor {name} is the first that is cut"):
+        with pytest.raises(CheckpointError, match=f"up to tensor {name}: download it again"):
             read_header(file)
 
 
@@ -73,7 +73,7 @@ def test_pickles_are_refused_unopened(tmp_path, suffix):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist: give a \.safetensors file"):
         load_transformer(tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file: give the file or its folder"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.safetensors file: give another path"):
         load_transformer(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_shards_and_index_must_agree(hub):
         with pytest.raises(CheckpointError, match=f"{INDEX} and its shards disagree on tensor {name}: downl"):
             load_transformer(hub)
     edit_index(hub, lambda weight_map: weight_map.update({moved: "x" * 300 + ".safetensors"}))
-    with pytest.raises(FileNotFoundError, match=rf"x\.safetensors is missing, which {INDEX} names: an interr"):
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors is missing: an interrupted download"):
         load_transformer(hub)
 
 
@@ -134,13 +134,13 @@ def test_a_missing_shard_is_named_and_a_lone_one_says_so(hub):
         load_transformer(first)
     content = second.read_bytes()
     second.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=f"{second.name} is an interrupted download: .* tensor .* is the first"):
+    with pytest.raises(CheckpointError, match=f"{second.name} is an interrupted download: .* up to tensor "):
         load_transformer(hub)
     second.unlink()
     for path in (hub, hub.parent / "transformer"):
         hub = hub.rename(path)
     for path in (hub, hub.parent):
-        with pytest.raises(FileNotFoundError, match=rf"{second.name} is missing, which {INDEX} names: an interr"):
+        with pytest.raises(FileNotFoundError, match=rf"{second.name} is missing: an interrupted download"):
             load_transformer(path)
 
 
@@ -219,7 +219,7 @@ def test_names_that_fit_no_layout_are_refused(tmp_path, model):
     (tmp_path / "dir.safetensors").mkdir()
     for name, layout, *limit in [("file", "hub"), ("x.safetensors", "hub"), ("file.txt", "original"),
                                  ("dir.safetensors", "original"), ("hub", "hub", 0), ("x.safetensors", "original", 9)]:
-        message = f"max_shard_.*, got {limit[0]}" if limit else f"{name}: give a folder for the hub layout, a na"
+        message = f"shards from 1 byte, got .*, {limit[0]}" if limit else f"{name}: give a folder for the hub"
         with pytest.raises(CheckpointError, match=message):
             save_transformer(model, tmp_path / name, layout, *limit)
     assert sorted(os.listdir(tmp_path)) == ["dir.safetensors", "file"]
