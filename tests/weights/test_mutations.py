@@ -23,6 +23,7 @@ from mmdit.float8 import Float8Linear
 from weights import (
     CheckpointError,
     configs,
+    inspect_checkpoint,
     load_autoencoder,
     load_text_encoder,
     load_transformer,
@@ -31,6 +32,7 @@ from weights import (
     save_transformer,
     tables,
 )
+from weights.__main__ import describe
 from weights.layouts import Layout
 
 ROUNDS = 400  # for each of seven checkpoints
@@ -265,11 +267,14 @@ def judge(case, folder, dtype):
     """Whether it was loaded; AssertionError, SafetensorError or anything else for what must not happen."""
     target = folder if len(case.files) > 1 else folder / next(iter(case.files))
     try:
-        with warnings.catch_warnings(action="ignore"):  # tensors of no network
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stray tensors
             model = case.load(target, case.config, dtype=dtype)
     except (CheckpointError, FileNotFoundError) as error:
         assert str(folder) in str(error) and ": " in str(error), f"where, and what to do? {error}"
+        assert case.config or not the_program_approves(target), f"python -m weights approves: {error}"
         return False
+    assert case.config or the_program_approves(target), "python -m weights refuses what loads"
     assert_as_the_library_reads(model, case, dtype, folder)
     model.float()  # what a config.json says can be computed
     if isinstance(model, ClipTextEncoder):
@@ -277,6 +282,15 @@ def judge(case, folder, dtype):
     elif case.inputs:
         model.posterior(**case.inputs) if isinstance(model, Autoencoder) else model(**case.inputs)
     return True
+
+
+def the_program_approves(target):
+    """Whether `python -m weights` has no complaint. It is asked where no config is given that only the loader gets."""
+    try:
+        found = inspect_checkpoint(target)
+    except (CheckpointError, FileNotFoundError):
+        return False
+    return not any(describe(part, found.family, False)["problem"] for part in found.parts.values())
 
 
 @contextmanager
