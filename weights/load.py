@@ -1,14 +1,17 @@
 """Fill modules with stored numbers: tensors stay views of the mapped file where nothing about them has to change."""
 
+import json
+import mmap
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, reduce
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
@@ -87,7 +90,7 @@ class Stored:
         if unused := self.part.unused:
             warnings.warn(f"{self.part.path}: {len(unused)} stray tensors passed over, first {unused[0]}", stacklevel=3)
         model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
-        state, opened = {}, cache(OPEN)
+        state, opened = {}, cache(map_file)
         for name in model.state_dict():
             theirs, transform = self.part.layout.find(name, sizes)
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
@@ -109,26 +112,41 @@ class Stored:
         return model
 
 
-OPEN = partial(safe_open, framework="pt")
+def map_file(file: Path) -> Callable[[TensorEntry], Tensor]:
+    """The file's tensors as views of it; a page that is written to becomes the process's own. Unlike the library's
+    mapping it reserves no memory, so that a file may be larger than that."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header, linux = json.loads(opened.read(length)), {"flags": mmap.MAP_PRIVATE | 0x4000}  # MAP_NORESERVE
+        data = mmap.mmap(opened.fileno(), 0, **(linux if sys.platform == "linux" else {"access": mmap.ACCESS_COPY}))
+
+    def read(entry: TensorEntry) -> Tensor:
+        about, count = header[entry.name], prod(entry.shape)
+        if (about["dtype"], about["shape"]) != (entry.dtype, [*entry.shape]):
+            raise ValueError(f"tensor {entry.name} is another")
+        at = {"dtype": DTYPES[entry.dtype], "count": count, "offset": 8 + length + about["data_offsets"][0]}
+        return (torch.frombuffer(data, **at) if count else torch.empty(0)).view(entry.shape)
+
+    return read
 
 
-def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open] = OPEN) -> Tensor:
+def read_stored(entry: TensorEntry, opened: Callable = map_file) -> Tensor:
     """A tensor as it is stored, without its scale: a view of the mapped file."""
     try:
-        tensor = opened(entry.file).get_tensor(entry.name)
-    except (SafetensorError, OSError) as error:
+        tensor = opened(entry.file)(entry)
+    except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{entry.file} has changed since it was recognized ({error}): load it again") from error
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
 
 
-def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable[[Path], safe_open]) -> Tensor:
+def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable) -> Tensor:
     """A stored tensor times its scale, in `dtype`."""
     tensor = read_stored(entry, opened)
     rows = _scale(entry, opened).view(-1, *[1] * max(0, tensor.ndim - 1)) if entry.scale else None
     return (tensor if rows is None else tensor.float() * rows).to(dtype)
 
 
-def _scale(entry: TensorEntry, opened: Callable[[Path], safe_open]) -> Tensor:
+def _scale(entry: TensorEntry, opened: Callable) -> Tensor:
     """The scale of each row of a matrix: (rows, 1) float32."""
     scale = read_stored(entry.scale, opened).float() if entry.scale else torch.ones(())
     return scale.reshape(-1, 1).expand(*entry.shape[:1] or (1,), 1)

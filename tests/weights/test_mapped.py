@@ -1,6 +1,7 @@
 """Tensors that are stored as they are used stay in the mapped file: full-size checkpoints cost no memory to open."""
 
 import json
+import os
 import re
 from math import prod
 from pathlib import Path
@@ -13,6 +14,8 @@ from sparse import shapes_of, sparse_file
 from benchmarks.loading import measure_apart
 from mmdit import MMDiT
 from weights import load_transformer, save_transformer
+from weights.files import read_header
+from weights.load import read_stored
 
 ROOM = 150e6  # beyond what the imports hold
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
@@ -34,6 +37,17 @@ def test_of_hub_names_only_what_is_fused_is_copied(tmp_path):
                     if re.search(r"\.(to|add)_[qkv](_proj)?\.", name))
     found = measure_apart("ours", str(file.parent))["bytes"]
     assert fused < found < fused + ROOM
+
+
+@linux
+def test_a_file_larger_than_the_memory_opens(tmp_path):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shapes = {"shared.weight": (memory // 2048 + 1, 1024)}  # in bfloat16 more than that
+    entry = read_header(sparse_file(tmp_path / "x.safetensors", shapes))["shared.weight"]
+    assert entry.nbytes > memory
+    tensor = read_stored(entry)
+    tensor[-1, -1] = 3
+    assert tensor[-1, -1] == 3 and tensor[0, 0] == 0 and read_stored(entry)[-1, -1] == 0
 
 
 def test_a_loaded_model_may_change_and_the_file_does_not(tmp_path):
