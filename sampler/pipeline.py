@@ -56,8 +56,8 @@ class Pipeline:
         memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in the CPU's memory,
         in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8 weights in float8
         and widens them as they are used.
-        Raises FileNotFoundError for a name or file that is not there, and `weights.CheckpointError` (a ValueError)
-        for a wrong or damaged one.
+        Raises FileNotFoundError for a part that is not there or was refused, with the reason, and
+        `weights.CheckpointError` (a ValueError) for a file of another model or one that does not fit.
         """
         if offload not in (None, "parts", "blocks"):
             raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
