@@ -84,7 +84,7 @@ class SingleBlock(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         width, self.heads = config.hidden_size, config.num_heads
-        self.widths = [3 * width, (1 + config.gated_mlp) * config.mlp_width]
+        self.widths = [3 * width, (1 + config.gated_mlp) * config.mlp_width]  # gated: gate and value
         self.modulation = modulation_of(config, "single", 3)
         self.linear_in = nn.Linear(width, sum(self.widths), config.bias)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
