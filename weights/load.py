@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +23,11 @@ from .layouts import CheckpointError
 
 def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
                      device: str | torch.device = "cpu", keep_float8: bool = False) -> MMDiT:
-    """An MMDiT from an original or merged file of FLUX.1 or SD3, from a `transformer/` folder, from the folder around
-    it, or from a name on the hub (`resolve`).
+    """An MMDiT from an original or merged file of FLUX.1, FLUX.2 or SD3, from a `transformer/` folder, from the
+    folder around it, or from a name on the hub (`resolve`).
 
     Without `config` the sizes come from names and shapes and, for hub weights, config.json; 64-wide heads are assumed
-    where neither shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads. A config must agree with
+    where neither shows their width (SD3-medium), the public rotary axes for 128-wide heads. A config must agree with
     the tensors. `dtype` None keeps the stored dtype. On the CPU, tensors that are stored as they are used here stay
     views of the mapped file, in memory of the system's cache, and cost none of the process. `keep_float8` keeps float8
     weights of the blocks in float8 and converts each layer's when it runs (always so with `dtype` None). The other
@@ -91,7 +91,7 @@ class Stored:
             warnings.warn(f"{self.part.path}: {len(unused)} tensors of no network passed over, first {unused[0]}",
                           stacklevel=3)
         model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
-        state, opened = {}, cache(OPEN)
+        state, opened = {}, cache(open_mapped)
         for name in model.state_dict():
             theirs, transform = self.part.layout.find(name, sizes)
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
@@ -113,10 +113,16 @@ class Stored:
         return model
 
 
-OPEN = partial(safe_open, framework="pt")
+def open_mapped(file: Path) -> safe_open:
+    """A file, mapped for reading. Raises CheckpointError where the system refuses a file larger than its memory."""
+    try:
+        return safe_open(file, "pt")
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} is too large to be mapped here ({error}): give the hub's folder, whose shards "
+                              "are smaller, or a float8 file") from error
 
 
-def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open] = OPEN) -> Tensor:
+def read_stored(entry: TensorEntry, opened: Callable[[Path], safe_open] = open_mapped) -> Tensor:
     """A tensor as it is stored, without its scale: a view of the mapped file."""
     tensor = opened(entry.file).get_tensor(entry.name)
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
