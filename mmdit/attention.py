@@ -19,13 +19,13 @@ Push = Callable[[Tensor], Tensor]  # what `Repulsion.bind` returns for a block t
 class StreamProjections(nn.Module):
     """Per-stream q/k/v projection, RMSNorm of q and k per head, and output projection."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, out: bool = True):
+    def __init__(self, width: int, heads: int, qk_norm: bool, bias: bool = True, out: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias)
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.out = nn.Linear(width, width) if out else None
+        self.out = nn.Linear(width, width, bias) if out else None
 
     def to_qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(tokens), "b n (three h k) -> three b h n k", three=3, h=self.heads)
@@ -46,10 +46,10 @@ class JointAttention(nn.Module):
     last block of SD3, whose context output is unused).
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, context_out: bool = True):
+    def __init__(self, width: int, heads: int, qk_norm: bool, bias: bool = True, context_out: bool = True):
         super().__init__()
-        self.context = StreamProjections(width, heads, qk_norm, out=context_out)
-        self.image = StreamProjections(width, heads, qk_norm)
+        self.context = StreamProjections(width, heads, qk_norm, bias, out=context_out)
+        self.image = StreamProjections(width, heads, qk_norm, bias)
 
     def forward(self, context: Tensor, image: Tensor, rope: Tensor | None = None,
                 push: Push | None = None) -> tuple[Tensor | None, Tensor]:

@@ -8,9 +8,12 @@ from typing import Literal
 class MMDiTConfig:
     """The sizes and options of an MMDiT.
 
-    `position` is the family: "rope" rotates queries and keys (FLUX.1), "table" adds a learned-size sin/cos table to
+    `position` is the family: "rope" rotates queries and keys (FLUX), "table" adds a learned-size sin/cos table to
     the image tokens (Stable Diffusion 3). `rope_axes` are the head's dimensions given to (index, row, column) and sum
-    to the head width. `dual_attention_blocks` are the blocks with a second, image-only attention (SD3.5-medium).
+    to the head width; on a fourth axis the text has positions of its own (FLUX.2). `dual_attention_blocks` are the
+    blocks with a second, image-only attention (SD3.5-medium). `pooled_dim` None: no pooled text vector (FLUX.2), which
+    also has no biases, gated MLPs (SwiGLU), one modulation for all blocks of a kind, and reference pictures
+    `reference_step` apart on the first axis.
 
     Raises ValueError where the sizes do not fit together.
     """
@@ -22,7 +25,7 @@ class MMDiTConfig:
     latent_channels: int = 16
     patch_size: int = 2
     context_dim: int = 4096
-    pooled_dim: int = 768
+    pooled_dim: int | None = 768
     mlp_ratio: float = 4.0
     qk_norm: bool = True
     position: Literal["rope", "table"] = "rope"
@@ -31,13 +34,17 @@ class MMDiTConfig:
     position_table_size: int = 192
     guidance_embedding: bool = False
     dual_attention_blocks: tuple[int, ...] = ()
+    bias: bool = True
+    gated_mlp: bool = False
+    shared_modulation: bool = False
+    reference_step: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "rope_axes", tuple(self.rope_axes))
         object.__setattr__(self, "dual_attention_blocks", tuple(self.dual_attention_blocks))
         for name in ("hidden_size", "num_heads", "num_dual_blocks", "latent_channels", "patch_size", "context_dim",
-                     "pooled_dim", "mlp_width", "position_table_size"):
-            if getattr(self, name) < 1:
+                     "pooled_dim", "mlp_width", "position_table_size", "reference_step"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"MMDiTConfig: {name} must be at least 1, got {getattr(self, name)}")
         if self.num_single_blocks < 0:
             raise ValueError(f"MMDiTConfig: num_single_blocks must not be negative, got {self.num_single_blocks}")
@@ -50,12 +57,14 @@ class MMDiTConfig:
             raise ValueError(f'MMDiTConfig: position must be "rope" or "table", got {self.position!r}')
         axes = self.rope_axes
         if self.position == "rope" and (
-            sum(axes) != self.head_dim or len(axes) != 3 or any(axis % 2 or axis < 2 for axis in axes)
+            sum(axes) != self.head_dim or len(axes) not in (3, 4) or any(axis % 2 or axis < 2 for axis in axes)
         ):
             raise ValueError(
-                f"MMDiTConfig: rope_axes must be three even numbers that sum to the head width {self.head_dim}, "
-                f"got {self.rope_axes}"
+                f"MMDiTConfig: rope_axes must be three or four even numbers that sum to the head width "
+                f"{self.head_dim}, got {self.rope_axes}"
             )
+        if self.shared_modulation and (self.context_ends_early or self.dual_attention_blocks):
+            raise ValueError("MMDiTConfig: shared_modulation needs single-stream blocks, and no dual_attention_blocks")
         if any(not 0 <= i < self.num_dual_blocks for i in self.dual_attention_blocks):
             raise ValueError(
                 f"MMDiTConfig: dual_attention_blocks {self.dual_attention_blocks} must lie in 0 … "
@@ -96,6 +105,10 @@ class MMDiTConfig:
 
 
 _FLUX = MMDiTConfig(hidden_size=3072, num_heads=24, num_dual_blocks=19, num_single_blocks=38)
+_FLUX2 = MMDiTConfig(hidden_size=3072, num_heads=24, num_dual_blocks=5, num_single_blocks=20, latent_channels=128,
+                     patch_size=1, context_dim=7680, pooled_dim=None, mlp_ratio=3.0, rope_axes=(32, 32, 32, 32),
+                     rope_theta=2000, bias=False, gated_mlp=True, shared_modulation=True, reference_step=10)
+_KLEIN_9B = replace(_FLUX2, hidden_size=4096, num_heads=32, num_dual_blocks=8, num_single_blocks=24, context_dim=12288)
 _SD3 = MMDiTConfig(hidden_size=1536, num_heads=24, num_dual_blocks=24, pooled_dim=2048, position="table")
 _LARGE = replace(_SD3, hidden_size=2432, num_heads=38, num_dual_blocks=38)
 
@@ -104,6 +117,12 @@ PRESETS: dict[str, MMDiTConfig] = {
     "flux1-schnell": _FLUX,
     "flux1-dev-de-distill": _FLUX,
     "flux1-kontext-dev": replace(_FLUX, guidance_embedding=True),
+    "flux2-dev": replace(_KLEIN_9B, hidden_size=6144, num_heads=48, num_single_blocks=48, context_dim=15360,
+                         guidance_embedding=True),
+    "flux2-klein-base-9b": _KLEIN_9B,
+    "flux2-klein-9b": _KLEIN_9B,
+    "flux2-klein-base-4b": _FLUX2,
+    "flux2-klein-4b": _FLUX2,
     "sd3-medium": replace(_SD3, qk_norm=False),
     "sd3.5-medium": replace(_SD3, position_table_size=384, dual_attention_blocks=tuple(range(13))),
     "sd3.5-large": _LARGE,

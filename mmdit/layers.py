@@ -8,14 +8,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class MLP(nn.Module):
-    """Linear, activation, linear: (…, inputs) → (…, outputs)."""
+class SwiGLU(nn.Module):
+    """A gated activation: SiLU of the first half, times the second (FLUX.2): (…, 2 w) → (…, w)."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, activation: nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear: (…, inputs) → (…, outputs). A gated activation halves what it reads."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, activation: nn.Module, bias: bool = True):
         super().__init__()
-        self.in_layer = nn.Linear(inputs, hidden)
+        self.in_layer = nn.Linear(inputs, 2 * hidden if isinstance(activation, SwiGLU) else hidden, bias)
         self.activation = activation
-        self.out_layer = nn.Linear(hidden, outputs)
+        self.out_layer = nn.Linear(hidden, outputs, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(self.activation(self.in_layer(x)))
@@ -40,13 +48,28 @@ class Triple(NamedTuple):
 class Modulation(nn.Linear):
     """The conditioning vector (b, d) becomes `parts` vectors (b, 1, d): triples of shift, scale and gate (adaLN)."""
 
-    def __init__(self, width: int, parts: int):
-        super().__init__(width, parts * width)
+    def __init__(self, width: int, parts: int, bias: bool = True):
+        super().__init__(width, parts * width, bias)
         self.parts = parts
 
     def forward(self, vector: Tensor) -> tuple[Triple, ...]:
         vectors = super().forward(F.silu(vector)).unsqueeze(1).chunk(self.parts, dim=-1)
         return tuple(Triple(*vectors[i : i + 3]) for i in range(0, self.parts, 3))
+
+
+class SharedModulation(nn.Module):
+    """Stands in for a block's `Modulation` where all blocks share theirs (FLUX.2).
+
+    The model then gives each block, in place of the conditioning vector, what it computed once: the triples of
+    "context", "image" and "single". This takes those of one of them.
+    """
+
+    def __init__(self, stream: str):
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, shared: dict[str, tuple[Triple, ...]]) -> tuple[Triple, ...]:
+        return shared[self.stream]
 
 
 def modulate(tokens: Tensor, by: Triple) -> Tensor:

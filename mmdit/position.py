@@ -1,18 +1,26 @@
-"""The positions of tokens: rotary angles (FLUX.1) or a table that is added (SD3)."""
+"""The positions of tokens: rotary angles (FLUX) or a table that is added (SD3)."""
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 
-def grid_positions(index: int, rows: int, columns: int) -> Tensor:
+def grid_positions(index: int, rows: int, columns: int, axes: int = 3) -> Tensor:
     """(index, row, column) of each patch of a rows × columns grid, row by row: (m, 3) float64 on the CPU.
 
-    FLUX.1 numbers the image 0; Kontext numbers its reference picture 1 on the first axis.
+    The image has index 0; Kontext's reference picture has 1, those of FLUX.2 have 10, 20, … On the fourth of FLUX.2's
+    four axes, the text's, every patch is at 0.
     """
-    axes = (torch.arange(start, start + size, dtype=torch.float64, device="cpu")
-            for start, size in ((index, 1), (0, rows), (0, columns)))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+    counts = (torch.arange(start, start + size, dtype=torch.float64, device="cpu")
+              for start, size in ((index, 1), (0, rows), (0, columns), (0, 1))[:axes])
+    return torch.stack(torch.meshgrid(*counts, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def text_positions(n: int, axes: int = 3) -> Tensor:
+    """The positions of n context tokens: (n, axes) float64 on the CPU, all 0, or 0, 1, 2, … on a fourth axis."""
+    positions = torch.zeros(n, axes, dtype=torch.float64, device="cpu")
+    positions[:, 3:] = torch.arange(n, dtype=torch.float64, device="cpu")[:, None]
+    return positions
 
 
 def rope_angles(positions: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
 from repulsion import Repulsion
-from weights import Settings, Stored, inspect_checkpoint, open_part
+from weights import CheckpointError, Settings, Stored, inspect_checkpoint, open_part
 
 from .conditioning import TextEncoders
 from .defaults import find_schedule, find_settings
@@ -66,6 +66,9 @@ class Pipeline:
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         found = inspect_checkpoint(name_or_path, transformer=transformer, autoencoder=autoencoder, variant=variant,
                                    text_encoders=text_encoders, tokenizers=tokenizers, download=True)
+        if found.family == "flux2":
+            raise CheckpointError(f"{found.path} is {found.variant}: FLUX.2 is not supported as a pipeline yet, its "
+                                  "transformer alone is, by weights.load_transformer")
         found.check()
         stored = {role: open_part(part, family=found.family) for role, part in found.parts.items()}
         settings, free = find_settings(found), offload is not None

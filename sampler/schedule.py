@@ -22,16 +22,16 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 class Schedule:
     """The noise levels of a family: evenly spaced times, shifted towards high noise.
 
-    spacing: "flux", times from 1 to 0 in equal parts; "sd3", from 1 to the shifted 1/1000 in equal parts, then 0, so
-    that only the end point is shifted twice
+    spacing: "flux" and "flux2", times from 1 to 0 in equal parts; "sd3", from 1 to the shifted 1/1000 in equal parts,
+    then 0, so that only the end point is shifted twice
     shift: above 0; None: e^μ, where μ runs from base_shift at base_image_seq_len image tokens to max_shift at
-    max_image_seq_len on a line ("exponential"), or μ itself ("linear")
+    max_image_seq_len on a line ("exponential"), or μ itself ("linear"); with "flux2", e^μ of `flux2_mu`
     shift_terminal: the last level above 0, to which all are stretched; None: as it comes
 
     The names are those of scheduler_config.json. Raises ValueError naming the field that is out of range.
     """
 
-    spacing: Literal["flux", "sd3"] = "flux"
+    spacing: Literal["flux", "flux2", "sd3"] = "flux"
     shift: float | None = 1.0
     base_shift: float = 0.5
     max_shift: float = 1.15
@@ -47,16 +47,19 @@ class Schedule:
                 continue
             if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"the schedule's {name} must be a finite number above 0, got {value!r}")
-        if self.spacing not in ("flux", "sd3"):
-            raise ValueError(f'spacing must be "flux" or "sd3", got {self.spacing!r}')
+        if self.spacing not in ("flux", "flux2", "sd3"):
+            raise ValueError(f'spacing must be "flux", "flux2" or "sd3", got {self.spacing!r}')
         if self.time_shift_type not in ("exponential", "linear"):
             raise ValueError(f'time_shift_type must be "exponential" or "linear", got {self.time_shift_type!r}')
         if self.base_image_seq_len == self.max_image_seq_len or (self.shift_terminal or 0) >= 1:
             raise ValueError("base_image_seq_len and max_image_seq_len must differ, and shift_terminal be below 1")
 
     @classmethod
-    def from_hub(cls, config: Mapping[str, Any], spacing: Literal["flux", "sd3"]) -> "Schedule":
-        """The schedule of a scheduler_config.json. Raises ValueError for what would change the levels otherwise."""
+    def from_hub(cls, config: Mapping[str, Any], spacing: Literal["flux", "flux2", "sd3"]) -> "Schedule":
+        """The schedule of a scheduler_config.json. Raises ValueError for what would change the levels otherwise.
+
+        FLUX.2's file has FLUX.1's shifts, which its programs do not use: they are checked and passed over.
+        """
         name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if name != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(f"it describes a {name!s:.60}, not a FlowMatchEulerDiscreteScheduler: say the shift")
@@ -69,12 +72,14 @@ class Schedule:
         if given["shift"] is None or not isinstance(dynamic, bool):
             raise ValueError(f"shift {given['shift']!r} is no number, or use_dynamic_shifting {dynamic!r} not true or "
                              "false: download the file again")
-        return cls(spacing, **given | ({"shift": None} if dynamic else {}))
+        return cls(spacing, **given | ({"shift": None} if dynamic or spacing == "flux2" else {}))
 
-    def shift_at(self, image_tokens: int | None) -> float:
-        """The shift for pictures of this size."""
+    def shift_at(self, image_tokens: int | None, steps: int | None = None) -> float:
+        """The shift for pictures of this size, in FLUX.2 sampled in so many steps."""
         if self.shift is not None:
             return self.shift
+        if self.spacing == "flux2":
+            return math.exp(flux2_mu(image_tokens, steps))
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
         return math.exp(mu) if self.time_shift_type == "exponential" else mu
@@ -86,7 +91,7 @@ class Schedule:
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        shift, last = self.shift_at(image_tokens), torch.tensor(1 / 1000, dtype=torch.float64)
+        shift, last = self.shift_at(image_tokens, steps), torch.tensor(1 / 1000, dtype=torch.float64)
         if self.shift is not None:
             last = shifted(last, shift)
         end = last.item() if self.spacing == "sd3" else 1 / steps
@@ -101,11 +106,19 @@ OTHER_LEVELS = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras
                 "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
 
 
+def flux2_mu(image_tokens: int, steps: int) -> float:
+    """FLUX.2's shift is e^μ: in the picture's size, μ is a line for 10 steps and one for 200; between them and beyond
+    it is linear in the steps. Above 4300 tokens (references are not counted) the line for 200 steps holds for all."""
+    at_10, at_200 = 8.73809524e-5 * image_tokens + 1.89833333, 0.00016927 * image_tokens + 0.45666666
+    return at_200 if image_tokens > 4300 else at_200 + (at_10 - at_200) * (200 - steps) / 190
+
+
 def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, spacing: str = "flux") -> Tensor:
     """The noise levels of a sampling run, from 1 down to 0: (steps + 1,) float32; see `Schedule`.
 
-    FLUX.1-schnell: `sigmas(4)`. FLUX.1-dev: `sigmas(28, image_tokens=4096)`. SD3: `sigmas(28, shift=3.0,
-    spacing="sd3")`. Raises ValueError for fewer than one step, a shift that is not positive, and an unknown spacing.
+    FLUX.1-schnell: `sigmas(4)`. FLUX.1-dev: `sigmas(28, image_tokens=4096)`. FLUX.2: `sigmas(4, image_tokens=4096,
+    spacing="flux2")`. SD3: `sigmas(28, shift=3.0, spacing="sd3")`. Raises ValueError for fewer than one step, a shift
+    that is not positive, and an unknown spacing.
     """
     return Schedule(spacing, shift if image_tokens is None else None).sigmas(steps, image_tokens)
 

@@ -5,13 +5,19 @@ models that it reports on.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmdit import PRESETS, MMDiTConfig
 from repulsion import Repulsion
+
+from . import configs
+from .layouts import CheckpointError
+
+if TYPE_CHECKING:
+    from .detect import Part
 
 BUNDLED = {name: Path(__file__).parent / "checkpoints" / name for name in ("tiny-sd3", "tiny-flux", "tiny-turbo")}
 
@@ -21,7 +27,7 @@ class Settings:
     """How a checkpoint is sampled where a call does not say. Sizes in pixels."""
 
     steps: int
-    guidance: float | None = None  # classifier-free, or of FLUX.1's guidance embedding; None: neither
+    guidance: float | None = None  # classifier-free, or of FLUX's guidance embedding; None: neither
     height: int = 1024
     width: int = 1024
     shift: float | None = None  # of the schedule, without a scheduler_config.json; None: by picture size
@@ -43,6 +49,8 @@ class Public(NamedTuple):
 
 _FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
 _LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
+_FLUX2 = Settings(50, 4.0, edits=True)  # without repulsion, which nobody has measured on FLUX.2 yet
+_KLEIN = replace(_FLUX2, steps=4, guidance=None)
 
 PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # of several with one transformer's sizes, the first whose names match counts; the last where none does
@@ -55,6 +63,14 @@ PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
                              r"de-?distill|(?<![a-z])dev(?![a-z])", Settings(28, 3.5)),
     "flux1-schnell": ("black-forest-labs/FLUX.1-schnell", "flux1-schnell.safetensors", r"schnell",
                       Settings(4, shift=1.0, prompt_tokens=256)),
+    "flux2-dev": ("black-forest-labs/FLUX.2-dev", "flux2-dev.safetensors", r"flux[^a-z]*2[^a-z]*dev", _FLUX2),
+    # klein is distilled from a base of the same sizes
+    "flux2-klein-base-9b": ("black-forest-labs/FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors",
+                            r"klein.*base|base.*klein", _FLUX2),
+    "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-9B", "flux-2-klein-9b.safetensors", r"klein", _KLEIN),
+    "flux2-klein-base-4b": ("black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors",
+                            r"klein.*base|base.*klein", _FLUX2),
+    "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-4B", "flux-2-klein-4b.safetensors", r"klein", _KLEIN),
     "sd3-medium": ("stabilityai/stable-diffusion-3-medium-diffusers", "sd3_medium.safetensors", r"3[^a-z5]*medium",
                    Settings(28, 7.0, shift=3.0)),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "sd3.5_medium.safetensors", r"3[._]?5[^a-z]*medium",
@@ -71,12 +87,39 @@ FAMILIES = {
     "flux": {"transformer": "transformer/, or such as flux1-dev.safetensors", "autoencoder": "vae/ or ae.safetensors",
              "clip_l": "text_encoder/ or clip_l.safetensors", "t5": "text_encoder_2/ or t5xxl_fp16.safetensors",
              "tokenizer of clip_l": "tokenizer/", "tokenizer of t5": "tokenizer_2/"},
+    "flux2": {"transformer": "transformer/, or such as flux2-dev.safetensors",
+              "autoencoder": "vae/ or flux2-vae.safetensors", "text": "text_encoder/ or qwen_3_4b.safetensors",
+              "tokenizer of text": "tokenizer/"},
     "sd3": {"transformer": "transformer/ or sd3.5_medium.safetensors, for example",
             "autoencoder": "vae/ or sd3.5_medium.safetensors, for example",
             "clip_l": "text_encoder/ or clip_l.safetensors", "clip_g": "text_encoder_2/ or clip_g.safetensors",
             "t5": "text_encoder_3/ or t5xxl_fp16.safetensors, optional", "tokenizer of clip_l": "tokenizer/",
             "tokenizer of clip_g": "tokenizer_2/", "tokenizer of t5": "tokenizer_3/, with t5"},
 }
+
+
+def told(main: "Part | None", given: str | None, index: configs.Json) -> tuple[str | None, str]:
+    """The public checkpoint that a transformer is taken for, and how that is known; `index` is model_index.json."""
+    if given is not None and given not in PUBLIC:
+        raise CheckpointError(f"variant must be one of {', '.join(PUBLIC)}, got {given!r}")
+    try:
+        fields = configs.fields(main)
+    except (AttributeError, CheckpointError):  # no transformer; or loading says what is wrong with it
+        return given, ""
+
+    def build(sizes: Mapping[str, object]) -> tuple[object, ...]:
+        return (sizes["position"], sizes["pooled_dim"] is None, sizes["guidance_embedding"], sizes["qk_norm"],
+                bool(sizes["dual_attention_blocks"]))
+
+    exact = [name for name, row in PUBLIC.items() if fields.items() <= vars(row.config).items()]
+    alike = exact or [name for name, row in PUBLIC.items() if build(vars(row.config)) == build(fields)]
+    alike = alike or [name for name, row in PUBLIC.items() if build(vars(row.config))[:2] == build(fields)[:2]]
+    if "is_distilled" in index:  # klein's pipelines say it
+        alike = [name for name in alike if ("-base" in name) != index["is_distilled"]] or alike
+    sizes = "" if exact else ", sizes of its own"
+    named = given or told_by_name(alike, main.path)
+    how = "as given" if given else "by its name" if named else "assumed: its name does not tell"
+    return named or alike[-1], how + sizes if given or len(alike) > 1 else sizes.removeprefix(", ")
 
 
 def told_by_name(candidates: Collection[str], path: Path) -> str | None:

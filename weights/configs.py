@@ -50,8 +50,9 @@ def fields(part: "Part") -> Fields:
 
 
 def _transformer_fields(part: "Part") -> Fields:
-    width, *patch = part["image_in.weight"]  # c * p * p (FLUX, whose p is 2) or c, p, p (SD3)
-    p = patch[-1] if len(patch) == 3 else 2
+    width, *patch = part["image_in.weight"]  # c * p * p (FLUX, whose p is 2; 1 in FLUX.2) or c, p, p (SD3)
+    shared = part.shape("shared_modulation.single.weight") is not None  # FLUX.2
+    p = patch[-1] if len(patch) == 3 else 1 if shared else 2
     if (given := prod(patch)) != (returned := part["image_out.weight"][0]):
         raise CheckpointError(f"the transformer reads {given} numbers a patch and returns {returned}, so it is one for "
                               "more inputs (Fill, Canny, Depth): give FLUX.1-dev, -schnell or -Kontext-dev")
@@ -60,12 +61,16 @@ def _transformer_fields(part: "Part") -> Fields:
     dual = [i for i in range(blocks) if part.shape(f"dual_blocks.{i}.image_attention.qkv.weight")]
     found = {
         "hidden_size": width, "latent_channels": given // p**2, "patch_size": p,
-        "context_dim": part["context_in.weight"][1], "pooled_dim": part["pooled_in.in_layer.weight"][1],
+        "context_dim": part["context_in.weight"][1],
+        "pooled_dim": None if shared else part["pooled_in.in_layer.weight"][1],
         "num_dual_blocks": blocks, "num_single_blocks": part.count("single_blocks.{}.linear_in.weight"),
         "guidance_embedding": part.shape("guidance_in.in_layer.weight") is not None,
         "qk_norm": part.shape(query_norm) is not None, "dual_attention_blocks": tuple(dual),
         "position": "table" if part.shape("position_table") is not None else "rope",
     }
+    if shared:
+        found |= {"mlp_ratio": part["dual_blocks.0.image.mlp.out_layer.weight"][1] / width, "reference_step": 10,
+                  "bias": False, "gated_mlp": True, "shared_modulation": True}
     found |= {"position_table_size": isqrt(part["position_table"][1])} if found["position"] == "table" else {}
     return found | ({"num_heads": width // part[query_norm][0]} if found["qk_norm"] else {})
 
@@ -83,7 +88,10 @@ def usual(part: "Part", found: Fields) -> Fields:
     heads = max(found.get("num_heads", width // 64), 1)
     if found.get("position") == "rope" and width // heads != 128:
         raise CheckpointError(f"heads are {width // heads} wide, and the file does not say how rotary positions divide "
-                              "them (known only for 128: 16, 56, 56): give config=MMDiTConfig(..., rope_axes=...)")
+                              "them (known only for 128: 16, 56, 56, in FLUX.2 four times 32): give "
+                              "config=MMDiTConfig(..., rope_axes=...)")
+    if found.get("shared_modulation"):
+        return {"num_heads": heads, "rope_axes": (32,) * 4, "rope_theta": 2000}
     inside = part.shape("dual_blocks.0.image.mlp.in_layer.weight")
     return {"num_heads": heads, **({"mlp_ratio": inside[0] / width} if inside else {})}
 
@@ -107,6 +115,9 @@ def _pairs(names: str) -> dict[str, str]:
 
 _TRANSFORMER = _pairs("""num_heads=num_attention_heads head_dim=attention_head_dim num_dual_blocks=num_layers
                   context_dim=joint_attention_dim pooled_dim=pooled_projection_dim""")
+_FLUX = _TRANSFORMER | _pairs("""patch_dim=in_channels num_single_blocks=num_single_layers
+                              guidance_embedding=guidance_embeds rope_axes=axes_dims_rope""")
+_FLUX2 = {name: key for name, key in _FLUX.items() if name != "pooled_dim"} | _pairs("mlp_ratio rope_theta")
 _CLIP = HubClass(ClipConfig, _pairs("""vocab_size hidden_size intermediate_size num_layers=num_hidden_layers
                  num_heads=num_attention_heads max_positions=max_position_embeddings activation=hidden_act
                  end_token=eos_token_id"""),
@@ -117,9 +128,9 @@ _T5 = HubClass(T5Config, _pairs("""vocab_size hidden_size=d_model head_dim=d_kv 
                {"feed_forward_proj": ("gated-gelu",), "layer_norm_epsilon": (1e-6, None)},
                {"model_type": "t5", "is_encoder_decoder": False, "eos_token_id": 1, "pad_token_id": 0})
 HUB_CLASSES = {
-    "FluxTransformer2DModel": HubClass(
-        MMDiTConfig, _TRANSFORMER | _pairs("""patch_dim=in_channels num_single_blocks=num_single_layers
-        guidance_embedding=guidance_embeds rope_axes=axes_dims_rope"""), {"patch_size": (1, None)}),
+    "FluxTransformer2DModel": HubClass(MMDiTConfig, _FLUX, {"patch_size": (1, None)}),
+    "Flux2Transformer2DModel": HubClass(
+        MMDiTConfig, _FLUX2, {"patch_size": (1, None), "eps": (1e-6, None), "timestep_guidance_channels": (256, None)}),
     "SD3Transformer2DModel": HubClass(
         MMDiTConfig, _TRANSFORMER | _pairs("""latent_channels=in_channels patch_size hidden_size=caption_projection_dim
         position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers"""),
@@ -136,8 +147,9 @@ HUB_CLASSES = {
 }
 
 # What the tensors do not determine: the type, and what diffusers and transformers take where config.json says nothing.
-REST = {"num_heads": (int, None), "rope_axes": (list, [16, 56, 56]), "norm_groups": (int, 32), "scaling": (float, None),
-        "shift": (float, 0.0), "activation": (str, None), "end_token": (int, 2), "relative_max_distance": (int, 128)}
+REST = {"num_heads": (int, None), "rope_axes": (list, [16, 56, 56]), "rope_theta": (int, 2000),
+        "norm_groups": (int, 32), "scaling": (float, None), "shift": (float, 0.0), "activation": (str, None),
+        "end_token": (int, 2), "relative_max_distance": (int, 128)}
 
 
 def find_config(part: "Part", given: Config | None, family: str | None) -> Config:
@@ -153,12 +165,14 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
         return given
     found = fields(part)
     if hub is None:
-        rest = LATENTS[family] if family and kind.config is AutoencoderConfig else usual(part, found)
+        rest = LATENTS[family] if family in LATENTS and kind.config is AutoencoderConfig else usual(part, found)
         return kind.config(**rest | found)
     name = str(hub.get("_class_name") or next(iter(hub.get("architectures") or ()), None))
     known = HUB_CLASSES.get(name)
-    if known is None or known.config is not kind.config:
-        names = " or ".join(name for name, other in HUB_CLASSES.items() if other.config is kind.config)
+    fitting = [name for name, other in HUB_CLASSES.items() if other.config is kind.config
+               and ("Flux2" in name) == found.get("shared_modulation", False)]
+    if name not in fitting:
+        names = " or ".join(fitting)
         raise CheckpointError(f"config.json describes a {name:.60}, expected {names}: give another folder")
     for key, values in known.fixed.items():  # None: the entry may be missing
         if hub.get(key) not in values:
@@ -166,6 +180,8 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
                                   "model")
     if "projection_dim" in known.entries and found["projection_dim"] is None:
         raise CheckpointError(f"the tensors hold no projection, which a {name} has: download them again")
+    if "rope_theta" in known.entries and hub.get("axes_dims_rope") is None:  # not FLUX.1's
+        hub = {**hub, "axes_dims_rope": [32] * 4}
     stated = {our: hub.get(key) for our, key in known.entries.items() if our in REST and our not in found}
     rest = {our: REST[our][1] if value is None else value for our, value in stated.items()}
     for our, value in rest.items():
@@ -181,6 +197,7 @@ def to_hub(config: Config) -> dict[str, Any]:
     """The config.json with which diffusers' or transformers' `from_pretrained` builds the same module."""
     name = next(name for name, known in HUB_CLASSES.items() if isinstance(config, known.config)
                 and ("SD3" in name) == (getattr(config, "position", None) == "table")
+                and ("Flux2" in name) == getattr(config, "shared_modulation", False)
                 and ("Projection" in name) == (getattr(config, "projection_dim", None) is not None))
     known = HUB_CLASSES[name]
     hub = {"_class_name": name} if known.config in (MMDiTConfig, AutoencoderConfig) else {"architectures": [name]}

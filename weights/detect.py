@@ -14,7 +14,7 @@ from torch import nn
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 
 from . import configs, tables
-from .checkpoints import FAMILIES, PUBLIC, told_by_name
+from .checkpoints import FAMILIES, told
 from .files import PICKLES, STEMS, SUFFIXES, TensorEntry, find_weights, lacking, list_tensors, read_json, resolve
 from .layouts import CheckpointError, Layout, Sizes
 
@@ -30,8 +30,9 @@ class Kind(NamedTuple):
     layouts: tuple[Layout, ...]  # the original, the hub's, others that are read only
 
 
-KINDS = FLUX, SD3, AUTOENCODER, CLIP, T5 = (
+KINDS = FLUX, FLUX2, SD3, AUTOENCODER, CLIP, T5 = (
     Kind("transformer", MMDiT, MMDiTConfig, (tables.FLUX_ORIGINAL, tables.FLUX_HUB)),
+    Kind("transformer", MMDiT, MMDiTConfig, (tables.FLUX2_ORIGINAL, tables.FLUX2_HUB)),
     Kind("transformer", MMDiT, MMDiTConfig, (tables.SD3_ORIGINAL, tables.SD3_HUB)),
     Kind("autoencoder", Autoencoder, AutoencoderConfig, (tables.AUTOENCODER_ORIGINAL, tables.AUTOENCODER_HUB)),
     Kind("clip", ClipTextEncoder, ClipConfig, (tables.CLIP, tables.CLIP, tables.CLIP_BARE)),
@@ -46,7 +47,6 @@ FOREIGN = {
     r"\.weight_scale_2$": "quantized to 4 bits (nvfp4), where float8 or wider is supported",
     r"\.(absmax|quant_map|qweight|SCB)$|\.bitsandbytes__": "quantized to 4 or 8 bits (such as bitsandbytes' NF4)",
     r"^redux_(up|down)\.": "FLUX.1-Redux, an adapter for image prompts",
-    r"_stream_modulation": "FLUX.2, another family than FLUX.1 and SD3",
     r"distilled_guidance_layer": "Chroma, a FLUX.1 without modulation layers",
     r"(^|\.)label_emb\.|^add_embedding\.|^conditioner\.": "SDXL, which is no MMDiT",
     r"(^|\.)input_blocks\.0\.0\.weight|^down_blocks\.0\.resnets\.0\.": "Stable Diffusion 1 or 2, which is no MMDiT",
@@ -104,7 +104,7 @@ class Part:
     def family(self) -> str | None:
         """Of a transformer, and of an autoencoder whose prefix or name tells it."""
         is_sd3 = self.prefix.endswith(tables.AUTOENCODER_ORIGINAL.prefix) or "sd3" in self.path.name.lower()
-        return {FLUX: "flux", SD3: "sd3", AUTOENCODER: "sd3" if is_sd3 else None}.get(self.kind)
+        return {FLUX: "flux", FLUX2: "flux2", SD3: "sd3", AUTOENCODER: "sd3" if is_sd3 else None}.get(self.kind)
 
 
 def read_parts(weights: Path, place: Path) -> list[Part]:
@@ -165,7 +165,7 @@ class Checkpoint:
     """What `inspect_checkpoint` found. `family` and `variant` are None where there is no transformer."""
 
     path: Path
-    family: str | None  # "flux" or "sd3"
+    family: str | None  # "flux", "flux2" or "sd3"
     variant: str | None  # the public checkpoint that it is taken for
     told: str  # how the variant is known
     parts: dict[str, Part]  # by role
@@ -220,7 +220,7 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
     if is_hub and (cut := lacking(home)):
         refused[home / cut] = FileNotFoundError(f"{home / cut} is missing: an interrupted download, run it again")
     return Checkpoint(
-        root, family, *_variant(main, variant), found, spell,
+        root, family, *told(main, variant, read_json(home / "model_index.json") or {}), found, spell,
         scheduler=home / "scheduler" / "scheduler_config.json" if is_hub else None,
         missing={name: where for name, where in wanted.items() if name not in have},
         beside={**refused, **{part.path: f"holds {part.role}" for part in parts if part.path not in used}})
@@ -263,10 +263,10 @@ def _main(root: Path, parts: list[Part]) -> Part | None:
 def _pipeline_family(folder: Path) -> str | None:
     """The family that a folder's model_index.json names. Raises CheckpointError for another pipeline's."""
     name = (read_json(folder / "model_index.json") or {}).get("_class_name")
-    family = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux", "StableDiffusion3Pipeline": "sd3"}.get(str(name))
+    family = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux", "Flux2Pipeline": "flux2",
+              "Flux2KleinPipeline": "flux2", "StableDiffusion3Pipeline": "sd3"}.get(str(name))
     if name and not family:
-        raise CheckpointError(f"{folder} is a {name!s:.60}, not FLUX.1 or SD3: give a FluxPipeline's or a "
-                              "StableDiffusion3Pipeline's folder")
+        raise CheckpointError(f"{folder} is a {name!s:.60}, not FLUX.1, FLUX.2 or SD3: give a folder of one of these")
     return family
 
 
@@ -275,23 +275,3 @@ def _rank(part: Part, main: Part | None) -> tuple:
     words = ("ae", "vae") if part.kind is AUTOENCODER else (part.role,)
     named = any(word in part.path.stem.lower() for word in words)
     return main is None or part.path != main.path, not part.path.is_dir(), not part.family, not named, part.path.name
-
-
-def _variant(main: Part | None, given: str | None) -> tuple[str | None, str]:
-    """The public checkpoint that a transformer is taken for, and how that is known."""
-    if given is not None and given not in PUBLIC:
-        raise CheckpointError(f"variant must be one of {', '.join(PUBLIC)}, got {given!r}")
-    try:
-        fields = configs.fields(main)
-    except (AttributeError, CheckpointError):  # no transformer; or loading says what is wrong with it
-        return given, ""
-
-    def build(sizes: Mapping[str, object]) -> tuple[object, ...]:
-        return sizes["position"], sizes["guidance_embedding"], sizes["qk_norm"], bool(sizes["dual_attention_blocks"])
-
-    alike = [name for name, row in PUBLIC.items() if build(vars(row.config)) == build(fields)]
-    alike = alike or [name for name, row in PUBLIC.items() if row.config.position == fields["position"]]
-    sizes = "" if any(fields.items() <= vars(PUBLIC[name].config).items() for name in alike) else ", sizes of its own"
-    named = given or told_by_name(alike, main.path)
-    how = "as given" if given else "by its name" if named else "assumed: its name does not tell"
-    return named or alike[-1], how + sizes if given or len(alike) > 1 else sizes.removeprefix(", ")

@@ -26,11 +26,11 @@ from .layouts import CheckpointError
 
 def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
                      device: str | torch.device = "cpu", keep_float8: bool = False) -> MMDiT:
-    """An MMDiT from an original or merged file of FLUX.1 or SD3, from a `transformer/` folder, from the folder around
-    it, or from a name on the hub (`resolve`).
+    """An MMDiT from an original or merged file of FLUX.1, FLUX.2 or SD3, from a `transformer/` folder, from the
+    folder around it, or from a name on the hub (`resolve`).
 
     Without `config` the sizes come from names and shapes and, for hub weights, config.json; 64-wide heads are assumed
-    where neither shows their width (SD3-medium), rotary axes (16, 56, 56) for 128-wide heads. A config must agree with
+    where neither shows their width (SD3-medium), the public rotary axes for 128-wide heads. A config must agree with
     the tensors. `dtype` None keeps the stored dtype. On the CPU, tensors that are stored as they are used here stay
     views of the mapped file, in memory of the system's cache, and cost none of the process. `keep_float8` keeps float8
     weights of the blocks in float8 and converts each layer's when it runs (always so with `dtype` None). The other

@@ -15,7 +15,7 @@ from torch import nn
 from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
 
 from . import configs
-from .detect import AUTOENCODER, CLIP, FLUX, SD3, T5, Kind, Part, PathLike
+from .detect import AUTOENCODER, CLIP, FLUX, FLUX2, SD3, T5, Kind, Part, PathLike
 from .files import STEMS, TensorEntry
 from .layouts import CheckpointError
 from .load import open_part
@@ -30,7 +30,8 @@ def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "
     `path` is replaced once everything is written. Raises CheckpointError (a ValueError) for a model that the
     layout cannot express, or a path that holds anything but a checkpoint.
     """
-    _save(FLUX if model.config.position == "rope" else SD3, model, path, layout, max_shard_bytes)
+    kind = FLUX2 if model.config.shared_modulation else FLUX if model.config.position == "rope" else SD3
+    _save(kind, model, path, layout, max_shard_bytes)
 
 
 def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["original", "hub"] = "original",

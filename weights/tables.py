@@ -10,7 +10,7 @@ from dataclasses import replace
 from .layouts import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, Layout
 
 FLUX_ORIGINAL = Layout(
-    "original FLUX.1", "double_blocks.0.img_attn.qkv.weight", alias=(r"_norm\.weight$", "_norm.scale"), rows=[
+    "original FLUX.1", "double_blocks.0.img_mod.lin.weight", alias=(r"_norm\.weight$", "_norm.scale"), rows=[
         ("{image,context}_in", "{img,txt}_in"),
         ("{time,pooled,guidance}_in.{n}_layer", "{time,vector,guidance}_in.{n}_layer"),
         ("dual_blocks.{i}.{image,context}.modulation", "double_blocks.{i}.{img,txt}_mod.lin"),
@@ -23,6 +23,13 @@ FLUX_ORIGINAL = Layout(
         ("single_blocks.{i}.linear_{in,out}", "single_blocks.{i}.linear{1,2}"),
         ("single_blocks.{i}.norm_{q,k}.weight", "single_blocks.{i}.norm.{query,key}_norm.scale"),
         ("{final_modulation,image_out}", "final_layer.{adaLN_modulation.1,linear}"),
+])
+
+FLUX2_ORIGINAL = replace(
+    FLUX_ORIGINAL, name="original FLUX.2", sign="double_stream_modulation_img.lin.weight", rows=[
+        ("shared_modulation.{context,image,single}",
+         "{double_stream_modulation_txt,double_stream_modulation_img,single_stream_modulation}.lin"),
+        *FLUX_ORIGINAL.rows,
 ])
 
 SD3_ORIGINAL = Layout(
@@ -40,7 +47,7 @@ SD3_ORIGINAL = Layout(
         ("image_out", "final_layer.linear", OUTPUT_PATCH),
 ])
 
-# The rows that both families share on the hub.
+# The rows that the families share on the hub.
 _HUB_ROWS = [
     ("context_in", "context_embedder"),
     ("{time,pooled}_in.{in,out}_layer", "time_text_embed.{timestep,text}_embedder.linear_{1,2}"),
@@ -60,6 +67,18 @@ FLUX_HUB = Layout(
         *_HUB_ROWS,
         ("single_blocks.{i}.{modulation,linear_out}", "single_transformer_blocks.{i}.{norm.linear,proj_out}"),
         ("single_blocks.{i}.linear_in", "single_transformer_blocks.{i}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
+        ("single_blocks.{i}.norm_{n}", "single_transformer_blocks.{i}.attn.norm_{n}"),
+])
+
+FLUX2_HUB = Layout(
+    "hub FLUX.2", "double_stream_modulation_img.linear.weight", rows=[
+        ("{image_in,image_out}", "{x_embedder,proj_out}"),
+        ("{time,guidance}_in.{in,out}_layer", "time_guidance_embed.{timestep,guidance}_embedder.linear_{1,2}"),
+        ("shared_modulation.{context,image,single}",
+         "{double_stream_modulation_txt,double_stream_modulation_img,single_stream_modulation}.linear"),
+        ("dual_blocks.{i}.{image,context}.mlp.{n}_layer", "transformer_blocks.{i}.{ff,ff_context}.linear_{n}"),
+        *_HUB_ROWS,
+        ("single_blocks.{i}.linear_{in,out}", "single_transformer_blocks.{i}.attn.{to_qkv_mlp_proj,to_out}"),
         ("single_blocks.{i}.norm_{n}", "single_transformer_blocks.{i}.attn.norm_{n}"),
 ])
 

@@ -18,6 +18,13 @@ CALLED = {  # as the public folders, files and caches are
     "flux1-dev-de-distill": ["flux-dev-de-distill", "flux1-dev-dedistilled-fp8.safetensors",
                              "models--nyanko7--flux-dev-de-distill/snapshots/0a1b/consolidated_s6700.safetensors"],
     "flux1-schnell": ["FLUX.1-schnell", "flux1-schnell-fp8.safetensors"],
+    "flux2-dev": ["FLUX.2-dev", "flux2_dev_fp8mixed.safetensors", "models--black-forest-labs--FLUX.2-dev/snapshots/0a"],
+    "flux2-klein-9b": ["FLUX.2-klein-9B", "flux-2-klein-9b-fp8.safetensors", "FLUX.2-klein-9B/transformer"],
+    "flux2-klein-base-9b": ["FLUX.2-klein-base-9B", "flux-2-klein-base-9b-fp8.safetensors",
+                            "models--black-forest-labs--FLUX.2-klein-base-9B/snapshots/0a1b/transformer"],
+    "flux2-klein-4b": ["FLUX.2-klein-4B", "flux-2-klein-4b.safetensors", "base/flux-2-klein-4b.safetensors"],
+    "flux2-klein-base-4b": ["FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors",
+                            "flux2_klein_4b_base.safetensors"],
     "sd3-medium": ["stable-diffusion-3-medium-diffusers", "sd3_medium_incl_clips_t5xxlfp8.safetensors"],
     "sd3.5-medium": ["stable-diffusion-3.5-medium", "sd3.5_medium.safetensors"],
     "sd3.5-large": ["stable-diffusion-3.5-large", "sd3.5_large.safetensors", "turbo/stable-diffusion-3.5-large"],
@@ -57,7 +64,9 @@ def checkpoint(path, variant="sd3.5-large", family="sd3", scheduler=None):
 @pytest.mark.parametrize("name,steps,guidance,shift", [
     ("flux1-dev", 28, 3.5, None), ("flux1-kontext-dev", 28, 2.5, None), ("flux1-dev-de-distill", 28, 3.5, None),
     ("flux1-schnell", 4, None, 1.0), ("sd3-medium", 28, 7.0, 3.0), ("sd3.5-medium", 40, 4.5, 3.0),
-    ("sd3.5-large", 28, 4.5, 3.0), ("sd3.5-large-turbo", 4, None, 3.0),
+    ("sd3.5-large", 28, 4.5, 3.0), ("sd3.5-large-turbo", 4, None, 3.0), ("flux2-dev", 50, 4.0, None),
+    ("flux2-klein-9b", 4, None, None), ("flux2-klein-base-9b", 50, 4.0, None),
+    ("flux2-klein-4b", 4, None, None), ("flux2-klein-base-4b", 50, 4.0, None),
 ])  # fmt: skip
 def test_the_usual_settings_of_the_families_table(tmp_path, name, steps, guidance, shift):
     found = find_settings(checkpoint(tmp_path, name))

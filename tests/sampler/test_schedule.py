@@ -1,15 +1,19 @@
 """Schedules against the original formulas and diffusers' scheduler; the sampling loop against closed forms."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from sampler import denoise, sigmas, starting_noise
-from sampler.schedule import Schedule
+from sampler.schedule import Schedule, flux2_mu
 
+DATA = Path(__file__).parents[1] / "data"
 RELATIVE = 1e-6  # the issue's bound; float32 holds 6e-8
 
 
@@ -30,6 +34,32 @@ def test_dev_follows_its_exponential_shift(steps, tokens):
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     close(sigmas(steps, image_tokens=tokens), scheduler.sigmas.numpy())
+
+
+def test_flux2_follows_its_empirical_shift():
+    """The golden numbers are of the official program: the levels are float32 there, μ is not rounded."""
+    rows = json.loads((DATA / "flux2.schedule.json").read_bytes())
+    assert {row["image_tokens"] > 4300 for row in rows} == {True, False} and len({row["steps"] for row in rows}) > 2
+    for row in rows:
+        tokens, steps = row["image_tokens"], row["steps"]
+        assert flux2_mu(tokens, steps) == pytest.approx(row["mu"], rel=1e-12)
+        close(sigmas(steps, image_tokens=tokens, spacing="flux2"), row["sigmas"])
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+        close(sigmas(steps, image_tokens=tokens, spacing="flux2"), scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize("dynamic", [{}, {"use_dynamic_shifting": False}, {"use_dynamic_shifting": True}])
+def test_flux2s_scheduler_config_does_not_change_its_levels(dynamic):
+    of_flux1 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+    schedule = Schedule.from_hub(of_flux1 | dynamic, "flux2")
+    assert torch.equal(schedule.sigmas(4, 4096), sigmas(4, image_tokens=4096, spacing="flux2"))
+    with pytest.raises(ValueError, match="use_karras_sigmas True is not supported"):
+        Schedule.from_hub(of_flux1 | {"use_karras_sigmas": True}, "flux2")
+
+
+def test_a_shift_that_is_given_goes_before_flux2s_own():
+    assert torch.equal(Schedule("flux2", 2.0).sigmas(4, 4096), sigmas(4, shift=2.0))
 
 
 @pytest.mark.parametrize("steps", [2, 4, 28, 40])
@@ -91,7 +121,7 @@ def test_a_scheduler_config_that_is_not_honored_is_refused(config, message):
 
 @pytest.mark.parametrize("call,message", [
     ({"steps": 0}, "steps must be at least 1, got 0"), ({"steps": 4, "shift": 0.0}, "shift must be"),
-    ({"steps": 4, "shift": math.inf}, "shift must be"), ({"steps": 4, "spacing": "karras"}, '"flux" or "sd3"'),
+    ({"steps": 4, "shift": math.inf}, "shift must be"), ({"steps": 4, "spacing": "karras"}, '"flux2" or "sd3"'),
 ])  # fmt: skip
 def test_bad_schedules_are_refused(call, message):
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,9 @@ TOLERANCE = 1e-4
 
 FLUX = MMDiTConfig(hidden_size=64, num_heads=2, num_dual_blocks=2, num_single_blocks=2, latent_channels=4,
                    context_dim=24, pooled_dim=20, rope_axes=(8, 12, 12))
+FLUX2 = MMDiTConfig(hidden_size=64, num_heads=2, num_dual_blocks=2, num_single_blocks=2, latent_channels=8,
+                    patch_size=1, context_dim=24, pooled_dim=None, mlp_ratio=3.0, rope_axes=(4, 8, 12, 8),
+                    rope_theta=2000, bias=False, gated_mlp=True, shared_modulation=True, reference_step=10)
 SD3 = MMDiTConfig(hidden_size=128, num_heads=2, num_dual_blocks=3, latent_channels=4, context_dim=24, pooled_dim=20,
                   position="table", position_table_size=12)
 VAE = AutoencoderConfig(channels=(8, 16, 24), latent_channels=4, blocks_per_level=2, norm_groups=4)

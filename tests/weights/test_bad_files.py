@@ -141,7 +141,7 @@ KINDS = {
     ("no norm", {"num_attention_heads": 10**30}, "num_attention_heads 10+: download"),
     ("no norm", {"num_attention_heads": True}, "num_attention_heads True: download"),
     ("no norm", {"num_attention_heads": 3}, "hidden_size 128 is no multiple of 3 heads"),
-    ("flux", {"axes_dims_rope": [8, 24]}, r"rope_axes must be three even numbers .* got \(8, 24\)"),
+    ("flux", {"axes_dims_rope": [8, 24]}, r"rope_axes must be three or four even numbers .* got \(8, 24\)"),
     ("flux", {"axes_dims_rope": "8"}, "axes_dims_rope '8': download"),
     ("flux", {"axes_dims_rope": ["8", 12, 12]}, "rope_axes|axes_dims_rope|unsupported operand"),
     ("flux", {"axes_dims_rope": None}, r"rope_axes must .* width 32, got \(16, 56, 56\)"),

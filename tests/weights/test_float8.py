@@ -1,11 +1,14 @@
 """Float8 files against their widened twins, which the tests write; float8 that stays in memory; writing it."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import FLUX, SD3, T5, VAE, difference, draw, randomize, same_tensors
+from small_models import FLUX, FLUX2, SD3, T5, TOLERANCE, VAE, difference, draw, randomize, same_tensors
 from torch import nn
 
 from mmdit import Autoencoder, MMDiT, T5Encoder
@@ -19,11 +22,14 @@ from weights import (
     save_transformer,
 )
 
+DATA = Path(__file__).parents[1] / "data"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DUAL = replace(SD3, dual_attention_blocks=(0,))
 KINDS = {  # module, load, save, layout
     "flux": (lambda: MMDiT(FLUX), load_transformer, save_transformer, "original"),
     "flux, hub": (lambda: MMDiT(FLUX), load_transformer, save_transformer, "hub"),
+    "flux2": (lambda: MMDiT(FLUX2), load_transformer, save_transformer, "original"),
+    "flux2, hub": (lambda: MMDiT(FLUX2), load_transformer, save_transformer, "hub"),
     "sd3": (lambda: MMDiT(DUAL), load_transformer, save_transformer, "original"),
     "sd3, hub": (lambda: MMDiT(DUAL), load_transformer, save_transformer, "hub"),
     "t5": (lambda: T5Encoder(T5), load_text_encoder, save_text_encoder, "original"),
@@ -74,7 +80,7 @@ class Stored:
             return model(torch.tensor([[7, 3, 1, 0]]))
         config = model.config
         return model(draw(2, config.latent_channels, 4, 6), torch.tensor([0.3, 0.9]), draw(2, 5, config.context_dim),
-                     draw(2, config.pooled_dim))
+                     draw(2, config.pooled_dim) if config.pooled_dim else None)
 
 
 def in_blocks(model):
@@ -93,7 +99,7 @@ def test_a_float8_file_is_its_widened_twin(tmp_path, kind, scales, only_matrices
 
 @pytest.mark.parametrize("float8", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scales", ["unscaled", "ComfyUI", "row scales"])
-@pytest.mark.parametrize("kind", ["flux", "flux, hub", "sd3", "sd3, hub", "t5"])
+@pytest.mark.parametrize("kind", ["flux", "flux, hub", "flux2", "flux2, hub", "sd3", "sd3, hub", "t5"])
 @torch.no_grad()
 def test_float8_that_stays_computes_the_same_from_a_byte_a_weight(tmp_path, kind, scales, float8):
     stored = Stored(tmp_path, kind, float8, scales)
@@ -107,6 +113,34 @@ def test_float8_that_stays_computes_the_same_from_a_byte_a_weight(tmp_path, kind
             assert module.weight.dtype == float8 and module.weight.nbytes == module.weight.numel(), name
             assert torch.equal(module.widened(dtype), wide.get_submodule(name).weight), name
         assert {n for n, p in kept.named_parameters() if p.dtype != dtype} == {f"{name}.weight" for name in slim}
+
+
+@pytest.mark.parametrize("comfy", [False, True], ids=["as published", "ComfyUI"])
+@torch.no_grad()
+def test_flux2_in_scaled_float8_gives_the_official_velocity_and_is_its_widened_twin(tmp_path, comfy):
+    """The published form: `weight_scale` and `input_scale`, and per layer what it is, in the header or a tensor."""
+    config = replace(FLUX2, hidden_size=72, num_heads=3, num_dual_blocks=1, latent_channels=16, context_dim=36,
+                     rope_axes=(6, 6, 6, 6))
+    inputs, path = load_file(DATA / "flux2-bfl-klein-fp8.io.safetensors"), DATA / "flux2-bfl-klein-fp8.safetensors"
+    wanted, inputs["sigma"] = inputs.pop("velocity"), inputs.pop("timestep")
+    with safe_open(path, "pt") as opened:
+        assert len(json.loads(opened.metadata()["_quantization_metadata"])["layers"]) == 12
+    tensors = load_file(path)
+    scales = {name.removesuffix("_scale"): scale for name, scale in tensors.items() if name.endswith("weight_scale")}
+    assert {name for name, tensor in tensors.items() if tensor.dtype == E4M3} == scales.keys() and len(scales) == 12
+    wide = {name: tensor.float() * scales.get(name, 1) for name, tensor in tensors.items() if "t_scale" not in name}
+    if comfy:
+        path, quant = tmp_path / "comfy.safetensors", torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)
+        tensors |= {f"{name.removesuffix('weight')}comfy_quant": quant.clone() for name in scales}
+        save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, path)
+    save_file(wide, tmp_path / "twin.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        same_tensors(load_transformer(path, config, dtype=dtype).state_dict(),
+                     load_transformer(tmp_path / "twin.safetensors", config, dtype=dtype).state_dict())
+    assert difference(load_transformer(path, config, dtype=torch.float32)(**inputs), wanted) < TOLERANCE
+    kept = load_transformer(path, config, dtype=torch.float32, keep_float8=True)
+    assert len([p for p in kept.parameters() if p.dtype == E4M3]) == 12
+    assert difference(kept(**inputs), wanted) < TOLERANCE
 
 
 def test_fused_matrices_keep_the_scale_of_each_part(tmp_path):
@@ -161,7 +195,7 @@ def test_a_scale_beside_a_wide_matrix_and_two_scales_are_refused(tmp_path):
         stored()
 
 
-@pytest.mark.parametrize("kind", ["flux", "flux, hub", "sd3", "sd3, hub", "t5"])
+@pytest.mark.parametrize("kind", ["flux", "flux, hub", "flux2", "flux2, hub", "sd3", "sd3, hub", "t5"])
 def test_kept_float8_is_written_and_read_back_bit_for_bit(tmp_path, kind):
     stored, save = Stored(tmp_path, kind), KINDS[kind][2]
     first = stored()

@@ -9,7 +9,7 @@ import transformers
 from diffusers.loaders import single_file_utils
 from einops import rearrange
 from safetensors.torch import load_file
-from small_models import CLIP, FLUX, SD3, T5, TOLERANCE, VAE, difference, draw, randomize
+from small_models import CLIP, FLUX, FLUX2, SD3, T5, TOLERANCE, VAE, difference, draw, randomize
 
 from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
 from weights import (
@@ -23,15 +23,20 @@ from weights import (
 
 TRANSFORMERS = {
     "flux": FLUX, "flux, guidance": replace(FLUX, guidance_embedding=True),
-    "sd3": replace(SD3, qk_norm=False), "sd3.5": SD3, "sd3.5, dual": replace(SD3, dual_attention_blocks=(0, 1)),
+    "flux2": FLUX2, "flux2, guidance": replace(FLUX2, guidance_embedding=True), "sd3": replace(SD3, qk_norm=False),
+    "sd3.5": SD3, "sd3.5, dual": replace(SD3, dual_attention_blocks=(0, 1)),
 }
 
 
 def inputs_for(config):
     inputs = {
         "latent": draw(2, config.latent_channels, 6, 8), "sigma": torch.tensor([0.3, 0.9]),
-        "context": draw(2, 5, config.context_dim, seed=2), "pooled": draw(2, config.pooled_dim, seed=3),
+        "context": draw(2, 5, config.context_dim, seed=2),
     }
+    if config.pooled_dim is None:  # FLUX.2 takes references of several sizes
+        inputs["reference"] = [draw(2, config.latent_channels, *size, seed=4) for size in ((3, 4), (5, 2))]
+    else:
+        inputs["pooled"] = draw(2, config.pooled_dim, seed=3)
     return inputs | ({"guidance": torch.tensor([3.5, 1.0])} if config.guidance_embedding else {})
 
 
@@ -39,8 +44,13 @@ def diffusers_transformer(config):
     sizes = {
         "num_layers": config.num_dual_blocks, "attention_head_dim": config.head_dim,
         "num_attention_heads": config.num_heads, "joint_attention_dim": config.context_dim,
-        "pooled_projection_dim": config.pooled_dim,
     }
+    if config.shared_modulation:
+        return diffusers.Flux2Transformer2DModel(
+            **sizes, in_channels=config.latent_channels, num_single_layers=config.num_single_blocks,
+            mlp_ratio=config.mlp_ratio, guidance_embeds=config.guidance_embedding, axes_dims_rope=config.rope_axes,
+        )
+    sizes["pooled_projection_dim"] = config.pooled_dim
     if config.position == "rope":
         return diffusers.FluxTransformer2DModel(
             **sizes, in_channels=4 * config.latent_channels, num_single_layers=config.num_single_blocks,
@@ -53,7 +63,20 @@ def diffusers_transformer(config):
     )
 
 
-def diffusers_velocity(model, latent, sigma, context, pooled, guidance=None):
+def flux2_velocity(model, latent, sigma, context, reference, guidance=None):
+    """Numbered by the functions of diffusers' own pipeline."""
+    pipeline = diffusers.Flux2Pipeline
+    packed = torch.cat([pipeline._pack_latents(picture) for picture in (latent, *reference)], dim=1)
+    ids = [pipeline._prepare_latent_ids(latent)[:1], pipeline._prepare_image_ids([x[:1] for x in reference])]
+    out = model(packed, context, sigma, torch.cat(ids, dim=1), pipeline._prepare_text_ids(context), guidance,
+                return_dict=False)[0]
+    rows, columns = latent.shape[2:]
+    return rearrange(out[:, : rows * columns], "b (y x) c -> b c y x", y=rows)
+
+
+def diffusers_velocity(model, latent, sigma, context, pooled=None, guidance=None, reference=None):
+    if isinstance(model, diffusers.Flux2Transformer2DModel):
+        return flux2_velocity(model, latent, sigma, context, reference, guidance)
     if isinstance(model, diffusers.SD3Transformer2DModel):
         return model(latent, context, pooled, 1000 * sigma, return_dict=False)[0]
     rows, columns = latent.shape[2] // 2, latent.shape[3] // 2
@@ -82,7 +105,7 @@ def test_transformers_saved_by_diffusers_give_its_outputs(tmp_path, config):
 def test_transformers_saved_by_us_give_our_outputs_in_diffusers(tmp_path, config):
     ours = randomize(MMDiT(config))
     save_transformer(ours, tmp_path / "transformer", "hub", max_shard_bytes=200_000)
-    kind = diffusers.FluxTransformer2DModel if config.position == "rope" else diffusers.SD3Transformer2DModel
+    kind = type(diffusers_transformer(config))
     theirs, report = kind.from_pretrained(tmp_path / "transformer", output_loading_info=True)
     assert not any(report.values())  # nothing missing, unexpected, or of another shape
     inputs = inputs_for(config)

@@ -291,7 +291,7 @@ def test_folders_that_cannot_be_right_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{shard} is missing"):
         found.check()
     (flux / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(CheckpointError, match="flux is a StableDiffusionXLPipeline, not FLUX.1 or SD3: give a Flux"):
+    with pytest.raises(CheckpointError, match="flux is a StableDiffusionXLPipeline, not FLUX.1, FLUX.2 or SD3: give a"):
         weights.inspect_checkpoint(flux)
 
 

@@ -35,11 +35,14 @@ from weights import (
 from weights.__main__ import describe
 from weights.layouts import Layout
 
-ROUNDS = 400  # for each of seven checkpoints
+ROUNDS = 400  # for each of eight checkpoints
 SECONDS = 5  # of processor time for one load, which takes a hundredth of one
 
 TINY = {"latent_channels": 2, "context_dim": 3, "pooled_dim": 3}
 FLUX = MMDiTConfig(hidden_size=12, num_heads=2, num_dual_blocks=1, num_single_blocks=1, rope_axes=(2, 2, 2), **TINY)
+FLUX2 = MMDiTConfig(hidden_size=16, num_heads=2, num_dual_blocks=1, num_single_blocks=1, latent_channels=2,
+                    patch_size=1, context_dim=3, pooled_dim=None, mlp_ratio=3.0, rope_axes=(2, 2, 2, 2),
+                    rope_theta=2000, bias=False, gated_mlp=True, shared_modulation=True, reference_step=10)
 SD3 = MMDiTConfig(hidden_size=8, num_heads=2, num_dual_blocks=2, position="table", position_table_size=3,
                   dual_attention_blocks=(0,), **TINY)
 VAE = AutoencoderConfig(channels=(2, 4), latent_channels=2, blocks_per_level=1, norm_groups=2)
@@ -72,7 +75,7 @@ def hub_folder(folder, module, save, max_shard_bytes=None):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-NAMES = ["flux", "flux, scaled float8", "sd3, hub", "autoencoder, hub", "autoencoder", "clip, hub", "t5"]
+NAMES = ["flux", "flux, scaled float8", "flux2, hub", "sd3, hub", "autoencoder, hub", "autoencoder", "clip, hub", "t5"]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,8 @@ def cases(tmp_path_factory):
         "flux": Case({"flux.safetensors": save(flux)}, tables.FLUX_ORIGINAL, load_transformer, FLUX),
         "flux, scaled float8": Case({"fp8.safetensors": save(slim)}, tables.FLUX_ORIGINAL, load_transformer, FLUX,
                                     root),
+        "flux2, hub": Case(hub_folder(folder / "flux2", MMDiT(FLUX2), save_transformer, 9000), tables.FLUX2_HUB,
+                           load_transformer, inputs={key: x for key, x in sd3_inputs.items() if key != "pooled"}),
         "sd3, hub": Case(hub_folder(folder / "sd3", MMDiT(SD3), save_transformer, 9000), tables.SD3_HUB,
                          load_transformer, inputs=sd3_inputs),
         "autoencoder, hub": Case(hub_folder(folder / "vae", Autoencoder(VAE), save_autoencoder),

@@ -9,7 +9,7 @@ from sparse import MANIFESTS, shapes_of
 
 from mmdit import PRESETS, AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config, on_meta
 from weights import CheckpointError, configs
-from weights.detect import AUTOENCODER, CLIP, FLUX, SD3, T5, recognize
+from weights.detect import AUTOENCODER, CLIP, FLUX, FLUX2, SD3, T5, recognize
 from weights.files import TensorEntry
 from weights.layouts import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, Sizes
 from weights.tables import SD3_HUB, SD3_ORIGINAL
@@ -28,6 +28,12 @@ CASES = [
     ("diffusers/flux1-dev.transformer", "", FLUX, 1, PRESETS["flux1-dev"]),
     ("diffusers/flux1-schnell.transformer", "", FLUX, 1, PRESETS["flux1-schnell"]),
     ("diffusers/flux1.vae", "", AUTOENCODER, 1, FLUX_VAE),
+    ("bfl/flux2-dev", "", FLUX2, 0, PRESETS["flux2-dev"]),
+    ("bfl/flux2-klein-9b", "", FLUX2, 0, PRESETS["flux2-klein-9b"]),
+    ("bfl/flux2-klein-4b", "", FLUX2, 0, PRESETS["flux2-klein-4b"]),
+    ("diffusers/flux2-dev.transformer", "", FLUX2, 1, PRESETS["flux2-dev"]),
+    ("diffusers/flux2-klein-9b.transformer", "", FLUX2, 1, PRESETS["flux2-klein-base-9b"]),
+    ("diffusers/flux2-klein-4b.transformer", "", FLUX2, 1, PRESETS["flux2-klein-base-4b"]),
     ("diffusers/sd3-medium.transformer", "", SD3, 1, PRESETS["sd3-medium"]),
     ("diffusers/sd3.5-medium.transformer", "", SD3, 1, PRESETS["sd3.5-medium"]),
     ("diffusers/sd3.5-large.transformer", "", SD3, 1, PRESETS["sd3.5-large"]),
@@ -43,8 +49,8 @@ CASES = [
     ("text/clip_g", "", CLIP, 1, CLIP_G),
     ("text/t5xxl", "", T5, 1, T5Config()),
 ]
-CLASSES = {FLUX: "FluxTransformer2DModel", SD3: "SD3Transformer2DModel", AUTOENCODER: "AutoencoderKL",
-           CLIP: "CLIPTextModelWithProjection", T5: "T5EncoderModel"}
+CLASSES = {FLUX: "FluxTransformer2DModel", FLUX2: "Flux2Transformer2DModel", SD3: "SD3Transformer2DModel",
+           AUTOENCODER: "AutoencoderKL", CLIP: "CLIPTextModelWithProjection", T5: "T5EncoderModel"}
 
 
 def recognized(manifest, hub=None):
@@ -112,6 +118,14 @@ def test_clip_end_token_2_in_old_configs_is_the_highest_id(end):
     assert configs.find_config(recognized("text/clip_l", hub)[0], None, None).end_token == 49407
 
 
+def test_what_flux2_configs_leave_out_is_diffusers_default():
+    hub = MANIFESTS["diffusers/flux2-dev.transformer"]["config"] | {"_class_name": CLASSES[FLUX2]}
+    (part,) = recognized("diffusers/flux2-dev.transformer", hub)
+    for key in ("axes_dims_rope", "rope_theta", "guidance_embeds", "eps", "mlp_ratio", "patch_size", "out_channels"):
+        del hub[key]
+    assert configs.find_config(replace(part, config=hub), None, None) == PRESETS["flux2-dev"]
+
+
 @pytest.mark.parametrize(("transform", "stored", "ours"), [
     # (scale, shift) of width 2 in the file
     (SWAP_HALVES, torch.tensor([1, 2, 3, 4]), torch.tensor([3, 4, 1, 2])),
@@ -142,6 +156,12 @@ def test_a_tensor_without_a_place_is_refused():
      "config.json describes a PixArtTransformer2DModel, expected FluxTransformer2DModel or SD3Transf.*: give another"),
     ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"patch_size": 2}, r"patch_size 2, expected .*: give"),
     ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"axes_dims_rope": [64, 64]}, "rope_axes must be three"),
+    ("diffusers/flux1-dev.transformer", PRESETS["flux1-dev"], {"_class_name": "Flux2Transformer2DModel"},
+     "a Flux2Transformer2DModel, expected FluxTransformer2DModel or SD3Transf"),
+    ("diffusers/flux2-dev.transformer", PRESETS["flux2-dev"], {"_class_name": "FluxTransformer2DModel"},
+     "a FluxTransformer2DModel, expected Flux2Transformer2DModel: give another"),
+    ("diffusers/flux2-dev.transformer", PRESETS["flux2-dev"], {"timestep_guidance_channels": 512}, "channels 512, exp"),
+    ("diffusers/flux2-dev.transformer", PRESETS["flux2-dev"], {"rope_theta": "2000"}, "rope_theta '2000': download"),
     ("diffusers/sd3.5-large.transformer", PRESETS["sd3.5-large"], {"qk_norm": "layer_norm"}, "qk_norm 'layer_norm'"),
     ("diffusers/flux1.vae", FLUX_VAE, {"use_quant_conv": True}, r"use_quant_conv True, expected .*False.*: give"),
     ("text/t5xxl", T5Config(), {"feed_forward_proj": "relu"}, "feed_forward_proj 'relu', expected .*'gated-gelu'.*: g"),
@@ -157,4 +177,5 @@ def test_hub_configs_that_our_modules_cannot_follow_are_refused(manifest, config
 
 def test_every_preset_is_covered_by_a_manifest():
     covered = {config for *_, config in CASES if isinstance(config, MMDiTConfig)}
-    assert covered == set(PRESETS.values())  # Kontext has the sizes of dev, de-distill schnell's, turbo those of large
+    # Kontext has the sizes of dev, de-distill schnell's, turbo those of large, klein its base's
+    assert covered == set(PRESETS.values())
