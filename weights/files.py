@@ -58,7 +58,7 @@ def _bits(dtype: str) -> int:
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The entry of every tensor. Raises FileNotFoundError, or CheckpointError that says what is wrong with the file."""
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, "np") as opened:  # which maps files beyond the memory's size too
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: TensorEntry(file, name, tensor.get_dtype(), tuple(tensor.get_shape()))
                     for name, tensor in slices.items()}

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLFlux2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import TOLERANCE, difference, draw, randomize, same_tensors
+from sparse import shapes_of, sparse_file
 
 from mmdit import Autoencoder, AutoencoderConfig, DecoderConfig, TextDecoder
 from weights import (
@@ -19,6 +20,7 @@ from weights import (
     inspect_checkpoint,
     load_autoencoder,
     load_text_encoder,
+    open_part,
     read_tekken,
     save_autoencoder,
     save_text_encoder,
@@ -122,6 +124,24 @@ def test_what_is_behind_the_last_layer_is_never_read(tmp_path, config):
         same_tensors(again.state_dict(), model.state_dict())
     found = inspect_checkpoint(tmp_path / "whole.safetensors")
     assert [*found.parts] == ["text"] and not found.parts["text"].unused
+
+
+@pytest.mark.parametrize(("manifest", "config"), [
+    ("text/qwen3-4b", DecoderConfig()),
+    ("text/qwen3-8b", DecoderConfig(hidden_size=4096, intermediate_size=12288)),
+    *((f"text/mistral-small-3-24b{form}",
+       DecoderConfig(131072, 5120, 32768, layers=(10, 20, 30), qk_norm=False, norm_eps=1e-5, rope_theta=1e9))
+      for form in ("", ".comfy"))])
+def test_single_files_of_full_size(tmp_path, manifest, config):
+    """Up to 48 GB, as ComfyUI's folders have them without a config.json; most of it is never read."""
+    tensors = shapes_of(manifest) | {"tekken_model": (1000,)}
+    file = sparse_file(tmp_path / "text.safetensors", tensors, lambda name, _: "U8" if "tekken" in name else "BF16")
+    found = inspect_checkpoint(file)
+    assert [*found.parts] == ["text"]
+    stored = open_part(found.parts["text"])
+    assert stored.config == config and stored.dtype == torch.bfloat16 and not stored.part.unused
+    names = [entry.name for entry in stored.part.entries.values()]
+    assert len(names) == 1 + config.num_layers * (11 if config.qk_norm else 9)
 
 
 def test_the_tokenizer_in_comfyui_s_file(tmp_path):
