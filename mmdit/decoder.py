@@ -37,7 +37,7 @@ class DecoderConfig:
     def __post_init__(self):
         if not self.layers or self.layers[0] < 1 or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"DecoderConfig.layers is {self.layers}: give ascending numbers, counted from 1")
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"DecoderConfig.num_heads {self.num_heads} is not a multiple of num_kv_heads "
                              f"{self.num_kv_heads}: as many heads share each key and value")
         if self.head_dim % 2:

@@ -58,7 +58,7 @@ def _bits(dtype: str) -> int:
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The entry of every tensor. Raises FileNotFoundError, or CheckpointError that says what is wrong with the file."""
     try:
-        with safe_open(file, "np") as opened:  # which maps files beyond the memory's size too
+        with safe_open(file, "np") as opened:  # "pt" maps for writing, for which Linux wants as much memory as the file
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: TensorEntry(file, name, tensor.get_dtype(), tuple(tensor.get_shape()))
                     for name, tensor in slices.items()}
@@ -114,9 +114,9 @@ def list_tensors(weights: Path) -> dict[str, TensorEntry]:
 def read_tekken(file: Path) -> bytes | None:
     """Mistral's tokenizer, the content of a tekken.json, which ComfyUI's file of the model holds as a tensor; None: the
     file has none."""
-    with safe_open(file, "pt") as opened:
+    with safe_open(file, "np") as opened:
         name = next((name for name in opened.keys() if name.endswith("tekken_model")), None)  # noqa: SIM118
-        return name and opened.get_tensor(name).numpy().tobytes()
+        return name and opened.get_tensor(name).tobytes()
 
 
 def _attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -148,7 +148,7 @@ def test_bad_ids(tokens, mask, message):
     [
         (dict(layers=()), "ascending numbers, counted from 1"), (dict(layers=(0, 3)), "ascending numbers"),
         (dict(layers=(3, 2)), "ascending numbers"), (dict(num_heads=5), "5 is not a multiple of num_kv_heads 2"),
-        (dict(head_dim=7), "head_dim 7 is odd"),
+        (dict(num_kv_heads=0), "4 is not a multiple of num_kv_heads 0"), (dict(head_dim=7), "head_dim 7 is odd"),
     ],
 )
 def test_bad_config(sizes, message):
