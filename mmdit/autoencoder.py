@@ -1,7 +1,7 @@
-"""The image autoencoder: images (b, 3, H, W) in [-1, 1] <-> latents (b, c, H/8, W/8).
+"""The image autoencoder: images (b, 3, H, W) in [-1, 1] <-> latents (b, c, H/8, W/8), FLUX.2's (b, 4c, H/16, W/16).
 
 Model: R. Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, in the 16-channel form
-of SD3 and FLUX. Letters: b batch, c channels, y and x pixel rows and columns.
+of SD3 and FLUX.1 and the 32-channel form of FLUX.2. Letters: b batch, c channels, y and x pixel rows and columns.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The sizes of an autoencoder and the normalization of its latents; the defaults are FLUX's.
+    """The sizes of an autoencoder and the normalization of its latents; the defaults are FLUX.1's.
 
-    SD3's are the same sizes with `scaling=1.5305, shift=0.0609`. `channels` has the width at each resolution, from the
-    image's to the latent's, each half the one before. Raises ValueError where `norm_groups` does not divide them.
+    SD3's are the same sizes with `scaling=1.5305, shift=0.0609`; FLUX.2's `latent_channels=32, scaling=1.0, shift=0.0,
+    patch_size=2`, the small decoder's `decoder_channels=(96, 192, 384, 384)`. `channels` has the width at each
+    resolution, from the image's to the latent's, each half the one before.
+
+    With `patch_size` p > 1, as in FLUX.2, encoder and decoder have a 1x1 convolution at the latent, the p x p patches
+    of the latent become channels, (b, p²c, H/8p, W/8p), and each of these is normalized by its stored mean and
+    variance, instead of scaling and shift. Raises ValueError where `norm_groups` does not divide the widths, or the
+    decoder has other resolutions.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -27,17 +33,25 @@ class AutoencoderConfig:
     norm_groups: int = 32
     scaling: float = 0.3611
     shift: float = 0.1159
+    patch_size: int = 1
+    decoder_channels: tuple[int, ...] | None = None  # None: the encoder's
 
     def __post_init__(self):
-        if not self.channels or any(width % self.norm_groups for width in self.channels):
+        for widths in (self.channels, self.decoder_channels or self.channels):
+            if not widths or any(width % self.norm_groups for width in widths):
+                raise ValueError(
+                    f"AutoencoderConfig.channels {widths} must each be a multiple of norm_groups {self.norm_groups}"
+                )
+        if self.decoder_channels and len(self.decoder_channels) != len(self.channels):
             raise ValueError(
-                f"AutoencoderConfig.channels {self.channels} must each be a multiple of norm_groups {self.norm_groups}"
+                f"AutoencoderConfig.decoder_channels {self.decoder_channels} must be as many as channels "
+                f"{self.channels}: a width for each resolution"
             )
 
     @property
     def downscale(self) -> int:
-        """Pixels of the image's side per position of the latent's: 8 for the public checkpoints."""
-        return 2 ** (len(self.channels) - 1)
+        """Pixels of the image's side per position of the latent's: 8 for SD3 and FLUX.1, 16 for FLUX.2."""
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
 
 class ResidualBlock(nn.Module):
@@ -156,12 +170,13 @@ class Encoder(nn.Module):
         self.middle = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.latent_conv = latent_conv(2 * config.latent_channels, config)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image)
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return self.latent_conv(self.conv_out(F.silu(self.norm_out(self.middle(x)))))
 
 
 class Decoder(nn.Module):
@@ -169,7 +184,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        widths, groups = config.channels[::-1], config.norm_groups
+        widths, groups = (config.decoder_channels or config.channels)[::-1], config.norm_groups
+        self.latent_conv = latent_conv(config.latent_channels, config)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], groups)
         self.levels = nn.ModuleList(
@@ -180,10 +196,15 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(latent))
+        x = self.middle(self.conv_in(self.latent_conv(latent)))
         for level in self.levels:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def latent_conv(channels: int, config: AutoencoderConfig) -> nn.Module:
+    """FLUX.2's 1x1 convolution of the latent; SD3 and FLUX.1 have none."""
+    return nn.Conv2d(channels, channels, 1) if config.patch_size > 1 else nn.Identity()
 
 
 class Autoencoder(nn.Module):
@@ -194,6 +215,10 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.patch_size > 1:
+            channels = config.latent_channels * config.patch_size**2
+            self.register_buffer("latent_mean", torch.zeros(channels))
+            self.register_buffer("latent_variance", torch.ones(channels))
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The Gaussian of an image's latent: mean and log-variance, each (b, c, H/8, W/8), not normalized.
@@ -212,7 +237,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image: Tensor, generator: Generator | None = None) -> Tensor:
-        """The normalized latent (b, c, H/8, W/8) of an image (b, 3, H, W) in [-1, 1].
+        """The normalized latent (b, c, H/8, W/8), FLUX.2's (b, 4c, H/16, W/16), of an image (b, 3, H, W) in [-1, 1].
 
         Without a generator it is the posterior's mean, with one a sample. Raises ValueError as `posterior` does.
         """
@@ -220,16 +245,29 @@ class Autoencoder(nn.Module):
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype).to(z.device)
             z = z + torch.exp(0.5 * logvar) * noise
-        return (z - self.config.shift) * self.config.scaling
+        p = self.config.patch_size
+        if p == 1:
+            return (z - self.config.shift) * self.config.scaling
+        mean, deviation = self._statistics()
+        return ((rearrange(z, "b c (y py) (x px) -> b (c py px) y x", py=p, px=p) - mean) / deviation).to(z.dtype)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The image (b, 3, H, W) of a normalized latent (b, c, H/8, W/8); about [-1, 1], not clamped.
+        """The image (b, 3, H, W) of a normalized latent as `encode` returns it; about [-1, 1], not clamped.
 
         Raises ValueError for other channels.
         """
-        if latent.ndim != 4 or latent.shape[1] != self.config.latent_channels:
+        p = self.config.patch_size
+        channels = p**2 * self.config.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(
-                f"The decoder takes latents of shape (batch, {self.config.latent_channels}, height, width), "
-                f"not {tuple(latent.shape)}"
+                f"The decoder takes latents of shape (batch, {channels}, height, width), not {tuple(latent.shape)}"
             )
-        return self.decoder(latent / self.config.scaling + self.config.shift)
+        if p == 1:
+            return self.decoder(latent / self.config.scaling + self.config.shift)
+        mean, deviation = self._statistics()
+        z = (latent * deviation + mean).to(latent.dtype)  # the statistics may be stored in a wider dtype
+        return self.decoder(rearrange(z, "b (c py px) y x -> b c (y py) (x px)", py=p, px=p))
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the patches, (p²c, 1, 1)."""
+        return self.latent_mean[:, None, None], torch.sqrt(self.latent_variance + 1e-4)[:, None, None]

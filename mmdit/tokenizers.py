@@ -62,8 +62,8 @@ class ClipTokenizer(PromptTokenizer):
     """
 
     def __init__(self, path: str | Path):
-        file, self.length, pad, added = _find(Path(path), 77, "tokenizer.json", "vocab.json", "spiece.model")
-        with _reading(file, "CLIP's tokenizer"):
+        file, self.length, pad, added = find_tokenizer(Path(path), 77, "tokenizer.json", "vocab.json", "spiece.model")
+        with reading(file, "CLIP's tokenizer"):
             self.model, ids = _read(file, BPE, added, [START, END, pad])
         self.start_token, self.end_token, self.pad_token = ids
         self.vocab_size = self.model.get_vocab_size()
@@ -82,8 +82,8 @@ class T5Tokenizer(PromptTokenizer):
     """
 
     def __init__(self, path: str | Path):
-        file, self.length, _, added = _find(Path(path), 512, "tokenizer.json", "spiece.model", "vocab.json")
-        with _reading(file, "T5's tokenizer"):
+        file, self.length, _, added = find_tokenizer(Path(path), 512, "tokenizer.json", "spiece.model", "vocab.json")
+        with reading(file, "T5's tokenizer"):
             if file.suffix == ".json":
                 self.model, ids = _read(file, Unigram, added, ["</s>", "<pad>"])
                 self.vocab_size = self.model.get_vocab_size()
@@ -106,7 +106,7 @@ def clip_tokenizer(model: BPE) -> Tokenizer:
     return tokenizer
 
 
-def _find(path: Path, length: int, *names: str) -> tuple[Path, int, str | None, list[AddedToken]]:
+def find_tokenizer(path: Path, length: int, *names: str) -> tuple[Path, int, str | None, list[AddedToken]]:
     """The first of these files, and what those beside it set: default length, pad token, added tokens."""
     if path.suffix not in (".json", ".model"):
         path = next((path / name for name in names if (path / name).is_file()), path / names[1])
@@ -116,7 +116,7 @@ def _find(path: Path, length: int, *names: str) -> tuple[Path, int, str | None, 
     found, pad, added = {}, None, []  # as in transformers, a config that lists the added tokens needs no map
     for file in (path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")):
         if file.is_file() and "added_tokens_decoder" not in found:
-            with _reading(file, "a tokenizer's settings"):
+            with reading(file, "a tokenizer's settings"):
                 found |= {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if v is not None}
                 added = [AddedToken(**token) for token in found.get("added_tokens_decoder", {}).values()]
                 pad, limit = found.get("pad_token"), int(found.get("model_max_length", length))
@@ -126,7 +126,7 @@ def _find(path: Path, length: int, *names: str) -> tuple[Path, int, str | None, 
 
 
 @contextmanager
-def _reading(file: Path, what: str) -> Iterator[None]:
+def reading(file: Path, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # `tokenizers` raises Exception itself, and a class that is none

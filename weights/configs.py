@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mmdit import AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config
+from mmdit import AutoencoderConfig, ClipConfig, DecoderConfig, MMDiTConfig, T5Config
 
 from .layouts import CheckpointError, Sizes
 
 if TYPE_CHECKING:
     from .detect import Part
 
-Config = MMDiTConfig | AutoencoderConfig | ClipConfig | T5Config
+Config = MMDiTConfig | AutoencoderConfig | ClipConfig | T5Config | DecoderConfig
 Json = Mapping[str, Any]
 Fields = dict[str, Any]
 
@@ -24,7 +24,7 @@ def sizes_of(config: Config) -> Sizes:
     if isinstance(config, MMDiTConfig):
         return Sizes(config.hidden_size, config.num_dual_blocks - 1, config.patch_size)
     if isinstance(config, AutoencoderConfig):
-        return Sizes(config.channels[-1], len(config.channels) - 1)
+        return Sizes(last=len(config.channels) - 1)
     return Sizes(config.num_heads * config.head_dim if isinstance(config, T5Config) else config.hidden_size)
 
 
@@ -34,9 +34,12 @@ def fields(part: "Part") -> Fields:
         return _transformer_fields(part)
     if part.kind.config is AutoencoderConfig:
         levels = part.count("encoder.levels.{}.blocks.0.conv_1.weight")
-        return {"channels": tuple(part[f"encoder.levels.{i}.blocks.0.conv_1.weight"][0] for i in range(levels)),
-                "latent_channels": part["decoder.conv_in.weight"][1],
-                "blocks_per_level": part.count("encoder.levels.0.blocks.{}.conv_1.weight")}
+        found = {"channels": tuple(part[f"encoder.levels.{i}.blocks.0.conv_1.weight"][0] for i in range(levels)),
+                 "latent_channels": part["decoder.conv_in.weight"][1],
+                 "blocks_per_level": part.count("encoder.levels.0.blocks.{}.conv_1.weight")}
+        return found | (_flux2_fields(part, levels, found) if part.family == "flux2" else {})
+    if part.kind.config is DecoderConfig:
+        return _decoder_fields(part)
     found = dict(zip(("vocab_size", "hidden_size"), part["token_embedding.weight"], strict=False))
     found["num_layers"] = part.count("layers.{}.attention.qkv.weight")
     if part.kind.config is T5Config:
@@ -47,6 +50,28 @@ def fields(part: "Part") -> Fields:
     return found | {"max_positions": part["position_embedding.weight"][0],
                     "intermediate_size": part["layers.0.mlp.in_layer.weight"][0],
                     "projection_dim": (part.shape("projection.weight") or (None,))[0]}
+
+
+def _flux2_fields(part: "Part", levels: int, found: Fields) -> Fields:
+    """What FLUX.2's autoencoder has beside: patches, and widths of the decoder's own if those differ."""
+    names = (part.layout.find(f"decoder.levels.{i}.blocks.0.conv_1.weight", Sizes(last=levels - 1))[0][0]
+             for i in reversed(range(levels)))
+    decoder = tuple((part.entries[name].shape or (0,))[0] if name in part.entries else 0 for name in names)
+    return {"patch_size": isqrt(part["latent_mean"][0] // found["latent_channels"]), "scaling": 1.0, "shift": 0.0,
+            "decoder_channels": None if decoder == found["channels"] or 0 in decoder else decoder}
+
+
+def _decoder_fields(part: "Part") -> Fields:
+    (vocabulary, width), norm = part["token_embedding.weight"][:2], part.shape("layers.0.attention.norm_q.weight")
+    heads = _heads(part, part["layers.0.attention.norm_q.weight"][0]) if norm is not None else {}
+    return heads | {"vocab_size": vocabulary, "hidden_size": width, "qk_norm": norm is not None,
+                    "intermediate_size": part["layers.0.mlp.gate.weight"][0],
+                    "layers": (10, 20, 30) if norm is None else (9, 18, 27)}  # FLUX.2-dev's Mistral, klein's Qwen3
+
+
+def _heads(part: "Part", width: int) -> Fields:
+    query, key = (part[f"layers.0.attention.{name}.weight"][0] for name in "qk")
+    return {"head_dim": width, "num_heads": query // width, "num_kv_heads": key // width}
 
 
 def _transformer_fields(part: "Part") -> Fields:
@@ -78,6 +103,10 @@ def _transformer_fields(part: "Part") -> Fields:
 def usual(part: "Part", found: Fields) -> Fields:
     """The other values, as in the public checkpoints. Raises CheckpointError where there is no usual value."""
     width = found.get("hidden_size")
+    if found.get("qk_norm") and part.kind.config is DecoderConfig or "decoder_channels" in found:
+        return {}  # Qwen3; FLUX.2's autoencoder
+    if part.kind.config is DecoderConfig:
+        return {**_heads(part, 128), "norm_eps": 1e-5, "rope_theta": 1e9}  # Mistral-Small
     if part.kind.config is AutoencoderConfig:
         if part.layout.name.startswith("hub") or found["latent_channels"] != 16:
             raise CheckpointError("the scaling and shift of these latents are not known: give a config or a family")
@@ -106,6 +135,7 @@ class HubClass(NamedTuple):
     entries: dict[str, str]  # our field or property: the entry
     fixed: dict[str, tuple]  # entries with one meaning here: the values that are read, the first of which is written
     written: Json = {}  # other entries that from_pretrained needs
+    rest: Json | None = None  # its own instead of REST
 
 
 def _pairs(names: str) -> dict[str, str]:
@@ -127,6 +157,17 @@ _T5 = HubClass(T5Config, _pairs("""vocab_size hidden_size=d_model head_dim=d_kv 
                relative_max_distance=relative_attention_max_distance"""),
                {"feed_forward_proj": ("gated-gelu",), "layer_norm_epsilon": (1e-6, None)},
                {"model_type": "t5", "is_encoder_decoder": False, "eos_token_id": 1, "pad_token_id": 0})
+_DECODER = HubClass(DecoderConfig, _pairs("""vocab_size hidden_size intermediate_size num_layers=num_hidden_layers
+                    head_dim num_heads=num_attention_heads num_kv_heads=num_key_value_heads norm_eps=rms_norm_eps
+                    rope_theta"""),
+                    {"hidden_act": ("silu", None), "attention_bias": (False, None), "rope_scaling": (None,),
+                     "rope_type": ("default", None)}, {"tie_word_embeddings": True},
+                    {"num_heads": (int, None), "num_kv_heads": (int, None), "head_dim": (int, 128),
+                     "norm_eps": (float, 1e-6), "rope_theta": (float, None)})
+_VAE = HubClass(AutoencoderConfig, _pairs("""channels=block_out_channels latent_channels norm_groups=norm_num_groups
+                blocks_per_level=layers_per_block"""),
+                {"in_channels": (3, None), "out_channels": (3, None), "act_fn": ("silu", None),
+                 "mid_block_add_attention": (True, None)}, {"sample_size": 1024})
 HUB_CLASSES = {
     "FluxTransformer2DModel": HubClass(MMDiTConfig, _FLUX, {"patch_size": (1, None)}),
     "Flux2Transformer2DModel": HubClass(
@@ -135,15 +176,20 @@ HUB_CLASSES = {
         MMDiTConfig, _TRANSFORMER | _pairs("""latent_channels=in_channels patch_size hidden_size=caption_projection_dim
         position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers"""),
         {"qk_norm": ("rms_norm", None)}, {"sample_size": 128}),
-    "AutoencoderKL": HubClass(
-        AutoencoderConfig, _pairs("""channels=block_out_channels latent_channels blocks_per_level=layers_per_block
-        norm_groups=norm_num_groups scaling=scaling_factor shift=shift_factor"""),
-        {"in_channels": (3, None), "out_channels": (3, None), "act_fn": ("silu", None), "use_quant_conv": (False,),
-         "use_post_quant_conv": (False,), "mid_block_add_attention": (True, None)},
-        {"sample_size": 1024, "force_upcast": True}),
+    "AutoencoderKL": _VAE._replace(
+        entries=_VAE.entries | _pairs("scaling=scaling_factor shift=shift_factor"),
+        fixed={**_VAE.fixed, "use_quant_conv": (False,), "use_post_quant_conv": (False,)},
+        written={**_VAE.written, "force_upcast": True}),
+    "AutoencoderKLFlux2": _VAE._replace(
+        entries=_VAE.entries | _pairs("decoder_channels=decoder_block_out_channels"),
+        fixed={**_VAE.fixed, "use_quant_conv": (True, None), "use_post_quant_conv": (True, None),
+               "patch_size": ([2, 2], None), "batch_norm_eps": (1e-4, None)}),
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP._replace(entries=_CLIP.entries | _pairs("projection_dim")),
     "T5EncoderModel": _T5, "T5ForConditionalGeneration": _T5,
+    "Qwen3Model": _DECODER._replace(written={**_DECODER.written, "model_type": "qwen3"}),
+    "MistralModel": _DECODER._replace(written={**_DECODER.written, "model_type": "mistral"}),
+    "Qwen3ForCausalLM": _DECODER, "MistralForCausalLM": _DECODER, "Mistral3ForConditionalGeneration": _DECODER,
 }
 
 # What the tensors do not determine: the type, and what diffusers and transformers take where config.json says nothing.
@@ -170,23 +216,27 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
     name = str(hub.get("_class_name") or next(iter(hub.get("architectures") or ()), None))
     known = HUB_CLASSES.get(name)
     fitting = [name for name, other in HUB_CLASSES.items() if other.config is kind.config
-               and ("Flux2" in name) == found.get("shared_modulation", False)]
+               and ("Flux2T" in name) == found.get("shared_modulation", False)]
     if name not in fitting:
         names = " or ".join(fitting)
         raise CheckpointError(f"config.json describes a {name:.60}, expected {names}: give another folder")
+    if kind.config is DecoderConfig:  # nested where the model reads pictures too; transformers 5 nests rope_theta
+        hub = {**hub, **(hub.get("text_config") or {})}
+        hub = {**hub, **(hub.get("rope_parameters") or {})}
     for key, values in known.fixed.items():  # None: the entry may be missing
         if hub.get(key) not in values:
             raise CheckpointError(f"config.json has {key} {hub.get(key)!r:.60}, expected one of {values}: give another "
                                   "model")
     if "projection_dim" in known.entries and found["projection_dim"] is None:
         raise CheckpointError(f"the tensors hold no projection, which a {name} has: download them again")
-    if "rope_theta" in known.entries and hub.get("axes_dims_rope") is None:  # not FLUX.1's
+    if known.entries is _FLUX2 and hub.get("axes_dims_rope") is None:  # not FLUX.1's
         hub = {**hub, "axes_dims_rope": [32] * 4}
-    stated = {our: hub.get(key) for our, key in known.entries.items() if our in REST and our not in found}
-    rest = {our: REST[our][1] if value is None else value for our, value in stated.items()}
+    asked = known.rest or REST
+    stated = {our: hub.get(key) for our, key in known.entries.items() if our in asked and our not in found}
+    rest = {our: asked[our][1] if value is None else value for our, value in stated.items()}
     for our, value in rest.items():
-        types = {float: (float, int)}.get(REST[our][0], (REST[our][0],))
-        if type(value) not in types or int in types and not (-1e9 if our == "shift" else 1e-9) < value < 1e9:
+        types = {float: (float, int)}.get(asked[our][0], (asked[our][0],))
+        if type(value) not in types or int in types and not (-1e9 if our == "shift" else 1e-9) < value <= 1e9:
             raise CheckpointError(f"config.json has {known.entries[our]} {value!r:.60}: download it again")
     if kind.config is ClipConfig and rest["end_token"] == 2:  # a known error in most public files
         rest["end_token"] = found["vocab_size"] - 1
@@ -197,7 +247,9 @@ def to_hub(config: Config) -> dict[str, Any]:
     """The config.json with which diffusers' or transformers' `from_pretrained` builds the same module."""
     name = next(name for name, known in HUB_CLASSES.items() if isinstance(config, known.config)
                 and ("SD3" in name) == (getattr(config, "position", None) == "table")
-                and ("Flux2" in name) == getattr(config, "shared_modulation", False)
+                and ("Flux2T" in name) == getattr(config, "shared_modulation", False)
+                and ("KLFlux2" in name) == (isinstance(config, AutoencoderConfig) and config.patch_size > 1)
+                and ("Mistral" in name) == (isinstance(config, DecoderConfig) and not config.qk_norm)
                 and ("Projection" in name) == (getattr(config, "projection_dim", None) is not None))
     known = HUB_CLASSES[name]
     hub = {"_class_name": name} if known.config in (MMDiTConfig, AutoencoderConfig) else {"architectures": [name]}

@@ -7,57 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import nn
-
-from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
 
 from . import configs, tables
 from .checkpoints import FAMILIES, told
 from .files import PICKLES, STEMS, SUFFIXES, TensorEntry, find_weights, lacking, list_tensors, read_json, resolve
+from .kinds import (
+    AUTOENCODER,
+    BESIDE_DECODER,
+    CLIP,
+    DECODER,
+    ENCODERS,
+    FLUX,
+    FLUX2,
+    FOREIGN,
+    KINDS,
+    MARKER,
+    SD3,
+    UNUSED,
+    Kind,
+)
 from .layouts import CheckpointError, Layout, Sizes
 
 PathLike = str | os.PathLike
-
-
-class Kind(NamedTuple):
-    """A kind of network: its part in a pipeline, its classes, and its layouts."""
-
-    role: str
-    module: type[nn.Module]
-    config: type
-    layouts: tuple[Layout, ...]  # the original, the hub's, others that are read only
-
-
-KINDS = FLUX, FLUX2, SD3, AUTOENCODER, CLIP, T5 = (
-    Kind("transformer", MMDiT, MMDiTConfig, (tables.FLUX_ORIGINAL, tables.FLUX_HUB)),
-    Kind("transformer", MMDiT, MMDiTConfig, (tables.FLUX2_ORIGINAL, tables.FLUX2_HUB)),
-    Kind("transformer", MMDiT, MMDiTConfig, (tables.SD3_ORIGINAL, tables.SD3_HUB)),
-    Kind("autoencoder", Autoencoder, AutoencoderConfig, (tables.AUTOENCODER_ORIGINAL, tables.AUTOENCODER_HUB)),
-    Kind("clip", ClipTextEncoder, ClipConfig, (tables.CLIP, tables.CLIP, tables.CLIP_BARE)),
-    Kind("t5", T5Encoder, T5Config, (tables.T5, tables.T5)),
-)
-ENCODERS = ("clip_l", "clip_g", "clip", "t5")
-
-# Patterns of names that only unsupported models have, and what such a file is. The first match counts.
-FOREIGN = {
-    r"lora|dora_|hada_w|lokr_w": "a LoRA, a small change to a model",
-    r"(^|\.)controlnet_|(^|\.)input_hint_block|^control_model\.": "a ControlNet, not the model that it controls",
-    r"\.weight_scale_2$": "quantized to 4 bits (nvfp4), where float8 or wider is supported",
-    r"\.(absmax|quant_map|qweight|SCB)$|\.bitsandbytes__": "quantized to 4 or 8 bits (such as bitsandbytes' NF4)",
-    r"^redux_(up|down)\.": "FLUX.1-Redux, an adapter for image prompts",
-    r"distilled_guidance_layer": "Chroma, a FLUX.1 without modulation layers",
-    r"(^|\.)label_emb\.|^add_embedding\.|^conditioner\.": "SDXL, which is no MMDiT",
-    r"(^|\.)input_blocks\.0\.0\.weight|^down_blocks\.0\.resnets\.0\.": "Stable Diffusion 1 or 2, which is no MMDiT",
-    r"(^|\.)(post_)?quant_conv\.": "an autoencoder of Stable Diffusion 1, 2 or XL",
-    r"\A(vision_model\..*\n?)+\Z": "the image encoder of a CLIP, not its text encoder",
-}
-
-# Names of no part of a network: markers; what training leaves; the other half of a model whose text encoder is read.
-MARKER = r"(.*\.)?(logit_scale|position_ids|scaled_fp8)"
-UNUSED = (r"(optimizer|lr_scheduler|(model_)?ema|loss|discriminator|global_step|epoch)([._].*)?|"
-          r"(vision_model|visual_projection|lm_head|decoder\.(block|final_layer_norm|embed_tokens))\..*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +51,7 @@ class Part:
             return None
 
     def __getitem__(self, ours: str) -> tuple[int, ...]:
-        shape, axes = self.shape(ours), 1 if ".norm" in ours else 2
+        shape, axes = self.shape(ours), 1 if re.search(r"\.norm|_mean", ours) else 2
         if shape is None or len(shape) < axes or 0 in shape:
             name, has = self.layout.find(ours, Sizes())[0][0], "is missing" if shape is None else f"has shape {shape}"
             raise CheckpointError(f"tensor {self.prefix}{name} {has}, expected {axes} axes or more: download it again")
@@ -92,7 +63,7 @@ class Part:
 
     @property
     def role(self) -> str:
-        """transformer, autoencoder, clip_l, clip_g, t5; clip where neither prefix, width nor name tells which."""
+        """transformer, autoencoder, clip_l, clip_g, t5, text; clip where nothing tells which one it is."""
         if self.kind is not CLIP:
             return self.kind.role
         width = (self.shape("token_embedding.weight") or (0,))[-1]
@@ -102,9 +73,10 @@ class Part:
 
     @property
     def family(self) -> str | None:
-        """Of a transformer, and of an autoencoder whose prefix or name tells it."""
+        """Of a transformer, and of an autoencoder whose tensors, prefix or name tell it."""
         is_sd3 = self.prefix.endswith(tables.AUTOENCODER_ORIGINAL.prefix) or "sd3" in self.path.name.lower()
-        return {FLUX: "flux", FLUX2: "flux2", SD3: "sd3", AUTOENCODER: "sd3" if is_sd3 else None}.get(self.kind)
+        told = "flux2" if self.shape("latent_mean") else "sd3" if is_sd3 else None
+        return {FLUX: "flux", FLUX2: "flux2", SD3: "sd3", AUTOENCODER: told}.get(self.kind)
 
 
 def read_parts(weights: Path, place: Path) -> list[Part]:
@@ -127,12 +99,13 @@ def recognize(entries: Mapping[str, TensorEntry], path: Path, config: configs.Js
         (kind, layout, name.removesuffix(layout.sign)): {} for kind in KINDS for layout in kind.layouts
         for name in entries if f".{name}".endswith(f".{layout.sign}")
         and not (layout is tables.CLIP_BARE and re.search(r"(text|vision)_model\.encoder", name))}
+    silent = f"{MARKER}|{BESIDE_DECODER}" if DECODER in {kind for kind, *_ in found} else MARKER
     unused = []
     for name, entry in entries.items():
         prefix = max((prefix for *_, prefix in found if name.startswith(prefix)), key=len, default=None)
         own = name.removeprefix(prefix or "")
         if prefix is None or re.fullmatch(f"{MARKER}|{UNUSED}", own):
-            unused += [] if re.fullmatch(MARKER, own) else [name]
+            unused += [] if re.fullmatch(silent, own) else [name]
             continue
         for (_, layout, start), tensors in found.items():
             usual = re.sub(*layout.alias, own)
@@ -206,7 +179,7 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
         parts += [part for part in around if part.path != root]
     family = main.family if main else _pipeline_family(root)
     for part in sorted(parts, key=lambda part: _rank(part, main)):
-        if main is None or part.kind is not AUTOENCODER or part.family in (None, family):
+        if main is None or part.kind is not AUTOENCODER or part.family in (None, family)[family == "flux2":]:
             found.setdefault(part.role, part)
     if not found:
         raise [*refused.values(), FileNotFoundError(f"{root} holds no .safetensors file: give another path")][0]

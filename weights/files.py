@@ -109,6 +109,14 @@ def list_tensors(weights: Path) -> dict[str, TensorEntry]:
     return _attach_scales(entries)
 
 
+def read_tekken(file: Path) -> bytes | None:
+    """Mistral's tokenizer, the content of a tekken.json, which ComfyUI's file of the model holds as a tensor; None: the
+    file has none."""
+    with safe_open(file, "np") as opened:
+        name = next((name for name in opened.keys() if name.endswith("tekken_model")), None)  # noqa: SIM118
+        return name and opened.get_tensor(name).tobytes()
+
+
 def _attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Move the scale stored beside a float8 matrix into the matrix's entry.
 

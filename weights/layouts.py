@@ -61,7 +61,7 @@ CONV_1X1 = _rearranged("rows columns 1 1 -> rows columns")  # a 1 x 1 convolutio
 class Sizes(NamedTuple):
     """The sizes of a module that its name table depends on."""
 
-    width: int = 0  # of the attention: rows of q, of k, of v
+    width: int = 0  # of the attention: rows of q, of k, of v; 0: a third each
     last: int = 0  # the last dual block or level
     patch: int = 1
 
@@ -95,7 +95,7 @@ class Layout:
         """(our name, their name, their tensor) of every tensor, views where the transform allows."""
         for name, tensor in ours.items():
             theirs, transform = self.find(name, sizes)
-            rows = [sizes.width] * (len(theirs) - 1)
+            rows = [sizes.width or len(tensor) // len(theirs)] * (len(theirs) - 1)
             rows.append(len(tensor) - sum(rows))
             for stored_as, part in zip(theirs, transform.write(tensor, sizes.patch).split(rows), strict=True):
                 yield name, stored_as, part

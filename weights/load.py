@@ -2,10 +2,11 @@
 
 import json
 import mmap
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, reduce
 from math import prod
 from pathlib import Path
@@ -14,18 +15,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
+import mmdit
 from mmdit.float8 import keep_in_float8
 from mmdit.meta import on_meta
 
 from . import configs
-from .detect import ENCODERS, Part, PathLike, find_parts
+from .detect import Part, PathLike, find_parts
 from .files import DTYPES, FLOAT8, TensorEntry
+from .kinds import DECODER, ENCODERS
 from .layouts import CheckpointError
 
 
-def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: torch.dtype | None = None,
-                     device: str | torch.device = "cpu", keep_float8: bool = False) -> MMDiT:
+def load_transformer(path: PathLike, config: mmdit.MMDiTConfig | None = None, dtype: torch.dtype | None = None,
+                     device: str | torch.device = "cpu", keep_float8: bool = False) -> mmdit.MMDiT:
     """An MMDiT from an original or merged file of FLUX.1, FLUX.2 or SD3, from a `transformer/` folder, from the
     folder around it, or from a name on the hub (`resolve`).
 
@@ -40,26 +42,29 @@ def load_transformer(path: PathLike, config: MMDiTConfig | None = None, dtype: t
     return _open(path, ["transformer"], "transformer", config).load(dtype, device, keep_float8)
 
 
-def load_autoencoder(path: PathLike, config: AutoencoderConfig | None = None, dtype: torch.dtype | None = None,
-                     device: str | torch.device = "cpu", family: Literal["flux", "sd3"] | None = None) -> Autoencoder:
-    """An autoencoder from FLUX.1's ae.safetensors, an original SD3 file, a merged file, a `vae/` folder, or the folder
-    around it.
+def load_autoencoder(path: PathLike, config: mmdit.AutoencoderConfig | None = None, dtype: torch.dtype | None = None,
+                     device: str | torch.device = "cpu",
+                     family: Literal["flux", "sd3"] | None = None) -> mmdit.Autoencoder:
+    """An autoencoder from FLUX.1's or FLUX.2's ae.safetensors, an original SD3 file, a merged file, a `vae/` folder, or
+    the folder around it.
 
-    A file without config.json does not hold the latents' scaling and shift: without `config` they are those of the
-    `family`, else SD3's where an original file has SD3's prefix `first_stage_model.`, FLUX.1's where it has not, and
-    norms have 32 groups. The rest is as in `load_transformer`.
+    A file without config.json does not hold the latents' scaling and shift (FLUX.2's has statistics in their place):
+    without `config` they are those of the `family`, else SD3's where an original file has SD3's prefix
+    `first_stage_model.`, FLUX.1's where it has not, and norms have 32 groups. The rest is as in `load_transformer`.
     """
     return _open(path, ["autoencoder"], "vae", config, family).load(dtype, device)
 
 
-def load_text_encoder(path: PathLike, config: ClipConfig | T5Config | None = None, dtype: torch.dtype | None = None,
-                      device: str | torch.device = "cpu", keep_float8: bool = False,
-                      which: Literal["clip_l", "clip_g", "t5"] | None = None) -> ClipTextEncoder | T5Encoder:
-    """A CLIP or T5 text encoder, told apart by tensor names, from a file or a `text_encoder*/` folder.
+def load_text_encoder(path: PathLike, config: mmdit.ClipConfig | mmdit.T5Config | mmdit.DecoderConfig | None = None,
+                      dtype: torch.dtype | None = None, device: str | torch.device = "cpu", keep_float8: bool = False,
+                      which: Literal["clip_l", "clip_g", "t5", "text"] | None = None,
+                      ) -> mmdit.ClipTextEncoder | mmdit.T5Encoder | mmdit.TextDecoder:
+    """A CLIP, a T5 or a decoder (Qwen3, Mistral), told apart by tensor names, from a file or a `text_encoder*/` folder.
 
     `which` chooses in a merged file that holds several. An original CLIP file does not hold everything: without
     `config` heads are 64 wide, the activation is quick_gelu at width 768 (CLIP-L) and gelu otherwise (CLIP-G), the
-    end token is the vocabulary's last. The rest is as in `load_transformer`.
+    end token is the vocabulary's last. A Mistral's heads are then 128 wide. Of a decoder, the layers behind the last
+    one that the context needs, the head and the vision tower are never read. The rest is as in `load_transformer`.
     """
     return _open(path, [which] if which else ENCODERS, None, config).load(dtype, device, keep_float8)
 
@@ -165,9 +170,11 @@ def open_part(part: Part, config: configs.Config | None = None, family: str | No
     scaling and shift of an autoencoder without config.json. Raises CheckpointError naming the file and the tensor.
     """
     try:
-        stored = Stored(part, configs.find_config(part, config, family))
+        config = configs.find_config(part, config, family)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{part.path}: {error}") from error
+    part = without_rest(part, config.num_layers) if part.kind is DECODER else part
+    stored = Stored(part, config)
     parts = part.layout.split(on_meta(part.kind.module, stored.config).state_dict(), configs.sizes_of(stored.config))
     wanted, entries = {theirs: tuple(tensor.shape) for _, theirs, tensor in parts}, part.entries
     where = f"{part.path} ({part.layout.name} layout)"
@@ -182,3 +189,10 @@ def open_part(part: Part, config: configs.Config | None = None, family: str | No
             raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {entry.shape}, expected"
                                   f" {wanted[name]} of {', '.join(DTYPES)}: give the config or file that belongs to it")
     return stored
+
+
+def without_rest(part: Part, layers: int) -> Part:
+    """The part of a language model that makes the context: without later layers and the final norm."""
+    numbers = {name: re.match(r"layers\.(\d+)\.", name) for name in part.entries if name != "norm.weight"}
+    return replace(part, entries={name: part.entries[name] for name, number in numbers.items()
+                                  if number is None or int(number[1]) < layers})

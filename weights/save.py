@@ -8,15 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder
+from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder, TextDecoder
 
 from . import configs
-from .detect import AUTOENCODER, CLIP, FLUX, FLUX2, SD3, T5, Kind, Part, PathLike
+from .detect import Part, PathLike
 from .files import STEMS, TensorEntry
+from .kinds import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5, Kind
 from .layouts import CheckpointError
 from .load import open_part
 
@@ -44,10 +46,11 @@ def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["origin
     _save(AUTOENCODER, model, path, layout, max_shard_bytes)
 
 
-def save_text_encoder(model: ClipTextEncoder | T5Encoder, path: PathLike,
+def save_text_encoder(model: ClipTextEncoder | T5Encoder | TextDecoder, path: PathLike,
                       layout: Literal["original", "hub"] = "original", max_shard_bytes: int | None = None) -> None:
     """Store a text encoder as one file or as a hub `text_encoder/` folder; see `save_transformer`."""
-    _save(T5 if isinstance(model, T5Encoder) else CLIP, model, path, layout, max_shard_bytes)
+    kind = {T5Encoder: T5, TextDecoder: DECODER}.get(type(model), CLIP)
+    _save(kind, model, path, layout, max_shard_bytes)
 
 
 def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_bytes: int | None) -> None:
@@ -67,16 +70,20 @@ def _save(kind: Kind, model: nn.Module, path: PathLike, layout: str, max_shard_b
     entries = {theirs: TensorEntry(path, theirs, "F32", tuple(tensor.shape)) for theirs, tensor in parts.items()}
     part = Part(kind, names, "", entries, path, configs.to_hub(config), ())
     again = {**vars(open_part(part, None if hub else config).config), **configs.fields(part)}
+    again.pop("layers", None)  # of a decoder: which of its states are read, no file says
     if lost := [name for name, value in again.items() if value != getattr(config, name)]:
         raise CheckpointError(f"{path}: the {names.name} layout cannot store {lost[0]} {getattr(config, lost[0])!r}")
     tensors = {prefix + theirs: part.clone() if hub else part.contiguous() for theirs, part in parts.items()}
+    if "bn.running_mean" in tensors:  # FLUX.2's own module has a third buffer, which has no effect
+        tensors["bn.num_batches_tracked"] = torch.tensor(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         if hub:
             new.mkdir()
-            save_torch_state_dict(tensors, new, filename_pattern=STEMS[kind in (CLIP, T5)] + "{suffix}.safetensors",
+            stem = STEMS[kind in (CLIP, T5, DECODER)]
+            save_torch_state_dict(tensors, new, filename_pattern=stem + "{suffix}.safetensors",
                                   max_shard_size=max_shard_bytes or 2**62)
             (new / "config.json").write_text(json.dumps(configs.to_hub(config), indent=2) + "\n", encoding="utf-8")
         else:

@@ -101,6 +101,8 @@ SD3_HUB = Layout(
 AUTOENCODER_ORIGINAL = Layout(  # the prefix is SD3's; FLUX.1's own file has none
     "original autoencoder", "encoder.down.0.block.0.conv1.weight", prefix="first_stage_model.", rows=[
         ("{half}.{conv_in,conv_out,norm_out}", "{half}.{conv_in,conv_out,norm_out}"),
+        ("{encoder,decoder}.latent_conv", "{encoder.quant_conv,decoder.post_quant_conv}"),
+        ("latent_{mean,variance}", "bn.running_{mean,var}"),
         ("encoder.levels.{l}.blocks.{j}.{a}_{n}", "encoder.down.{l}.block.{j}.{a}{n}"),
         ("encoder.levels.{l}.blocks.{j}.shortcut", "encoder.down.{l}.block.{j}.nin_shortcut"),
         ("encoder.levels.{l}.down", "encoder.down.{l}.downsample.conv"),
@@ -118,6 +120,8 @@ AUTOENCODER_ORIGINAL = Layout(  # the prefix is SD3's; FLUX.1's own file has non
 AUTOENCODER_HUB = Layout(
     "hub autoencoder", "encoder.down_blocks.0.resnets.0.conv1.weight", rows=[
         ("{half}.{conv_in,conv_out,norm_out}", "{half}.{conv_in,conv_out,conv_norm_out}"),
+        ("{encoder,decoder}.latent_conv", "{quant_conv,post_quant_conv}"),
+        ("latent_{mean,variance}", "bn.running_{mean,var}"),
         ("{encoder,decoder}.levels.{l}.blocks.{j}.{a}_{n}", "{encoder.down,decoder.up}_blocks.{l}.resnets.{j}.{a}{n}"),
         ("{encoder,decoder}.levels.{l}.blocks.{j}.shortcut",
          "{encoder.down,decoder.up}_blocks.{l}.resnets.{j}.conv_shortcut"),
@@ -154,4 +158,15 @@ T5 = Layout(
         ("layers.{i}.attention.qkv", "encoder.block.{i}.layer.0.SelfAttention.{q,k,v}"),
         ("layers.{i}.attention.out", "encoder.block.{i}.layer.0.SelfAttention.o"),
         ("layers.{i}.mlp.{gate,value,out}", "encoder.block.{i}.layer.1.DenseReluDense.{wi_0,wi_1,wo}"),
+])
+
+# Qwen3 and Mistral; a model that reads pictures too has another prefix. The layers that the context does not need
+# follow in the same file, with the final norm and the head.
+DECODER = Layout(
+    "text decoder", "layers.0.post_attention_layernorm.weight", prefix="model.", rows=[
+        ("token_embedding", "embed_tokens"),
+        ("layers.{i}.norm_{1,2}", "layers.{i}.{input,post_attention}_layernorm"),
+        ("layers.{i}.attention.{q,k,v,out}", "layers.{i}.self_attn.{q,k,v,o}_proj"),
+        ("layers.{i}.attention.norm_{n}", "layers.{i}.self_attn.{n}_norm"),
+        ("layers.{i}.mlp.{gate,value,out}", "layers.{i}.mlp.{gate,up,down}_proj"),
 ])

@@ -18,7 +18,18 @@ from safetensors.torch import load as parse
 from safetensors.torch import save
 from small_models import randomize
 
-from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, MMDiTConfig, T5Config, T5Encoder
+from mmdit import (
+    Autoencoder,
+    AutoencoderConfig,
+    ClipConfig,
+    ClipTextEncoder,
+    DecoderConfig,
+    MMDiT,
+    MMDiTConfig,
+    T5Config,
+    T5Encoder,
+    TextDecoder,
+)
 from mmdit.float8 import Float8Linear
 from weights import (
     CheckpointError,
@@ -35,7 +46,7 @@ from weights import (
 from weights.__main__ import describe
 from weights.layouts import Layout
 
-ROUNDS = 400  # for each of eight checkpoints
+ROUNDS = 400  # for each of ten checkpoints
 SECONDS = 5  # of processor time for one load, which takes a hundredth of one
 
 TINY = {"latent_channels": 2, "context_dim": 3, "pooled_dim": 3}
@@ -46,6 +57,9 @@ FLUX2 = MMDiTConfig(hidden_size=16, num_heads=2, num_dual_blocks=1, num_single_b
 SD3 = MMDiTConfig(hidden_size=8, num_heads=2, num_dual_blocks=2, position="table", position_table_size=3,
                   dual_attention_blocks=(0,), **TINY)
 VAE = AutoencoderConfig(channels=(2, 4), latent_channels=2, blocks_per_level=1, norm_groups=2)
+FLUX2_VAE = AutoencoderConfig(channels=(2, 4), latent_channels=2, blocks_per_level=1, norm_groups=2, scaling=1.0,
+                              shift=0.0, patch_size=2, decoder_channels=(4, 2))
+DECODER = DecoderConfig(vocab_size=7, hidden_size=4, intermediate_size=6, num_heads=2, num_kv_heads=1, head_dim=2)
 CLIP = ClipConfig(vocab_size=7, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, max_positions=5,
                   end_token=6, projection_dim=4)
 T5 = T5Config(vocab_size=5, hidden_size=4, head_dim=3, intermediate_size=6, num_layers=2, num_heads=2)
@@ -75,7 +89,8 @@ def hub_folder(folder, module, save, max_shard_bytes=None):
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-NAMES = ["flux", "flux, scaled float8", "flux2, hub", "sd3, hub", "autoencoder, hub", "autoencoder", "clip, hub", "t5"]
+NAMES = ["flux", "flux, scaled float8", "flux2, hub", "sd3, hub", "autoencoder, hub", "autoencoder", "clip, hub", "t5",
+         "flux2's autoencoder, hub", "text decoder, hub"]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +121,11 @@ def cases(tmp_path_factory):
         "clip, hub": Case(hub_folder(folder / "clip", ClipTextEncoder(CLIP), save_text_encoder, 500), tables.CLIP,
                           load_text_encoder),
         "t5": Case({"t5.safetensors": save(t5)}, tables.T5, load_text_encoder),
+        "flux2's autoencoder, hub": Case(
+            hub_folder(folder / "flux2", Autoencoder(FLUX2_VAE), save_autoencoder), tables.AUTOENCODER_HUB,
+            load_autoencoder, inputs={"image": torch.ones(1, 3, 8, 8)}),
+        "text decoder, hub": Case(hub_folder(folder / "text", TextDecoder(DECODER), save_text_encoder, 9000),
+                                  tables.DECODER, load_text_encoder, None, "model.", {"ids": torch.ones(1, 3).long()}),
     }
 
 

@@ -7,18 +7,27 @@ import pytest
 import torch
 from sparse import MANIFESTS, shapes_of
 
-from mmdit import PRESETS, AutoencoderConfig, ClipConfig, MMDiTConfig, T5Config, on_meta
+from mmdit import PRESETS, AutoencoderConfig, ClipConfig, DecoderConfig, MMDiTConfig, T5Config, on_meta
 from weights import CheckpointError, configs
-from weights.detect import AUTOENCODER, CLIP, FLUX, FLUX2, SD3, T5, recognize
+from weights.detect import recognize
 from weights.files import TensorEntry
+from weights.kinds import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5
 from weights.layouts import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, Sizes
+from weights.load import without_rest
 from weights.tables import SD3_HUB, SD3_ORIGINAL
 
 FLUX_VAE = AutoencoderConfig(scaling=0.3611, shift=0.1159)
 SD3_VAE = AutoencoderConfig(scaling=1.5305, shift=0.0609)
+FLUX2_VAE = AutoencoderConfig(latent_channels=32, scaling=1.0, shift=0.0, patch_size=2)
+SMALL_DECODER = replace(FLUX2_VAE, decoder_channels=(96, 192, 384, 384))
 CLIP_L = ClipConfig(projection_dim=None)
 CLIP_G = ClipConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20, activation="gelu",
                     projection_dim=1280)
+
+QWEN3_4B = DecoderConfig()
+QWEN3_8B = DecoderConfig(hidden_size=4096, intermediate_size=12288)
+MISTRAL = DecoderConfig(vocab_size=131072, hidden_size=5120, intermediate_size=32768, layers=(10, 20, 30),
+                        qk_norm=False, norm_eps=1e-5, rope_theta=1e9)
 
 # manifest, the prefix of the part, its kind, which of its layouts, its sizes
 CASES = [
@@ -48,6 +57,14 @@ CASES = [
     ("text/clip_l.projection", "", CLIP, 1, replace(CLIP_L, projection_dim=768)),
     ("text/clip_g", "", CLIP, 1, CLIP_G),
     ("text/t5xxl", "", T5, 1, T5Config()),
+    ("bfl/flux2-ae", "", AUTOENCODER, 0, FLUX2_VAE),
+    ("bfl/flux2-ae-small-decoder", "", AUTOENCODER, 0, SMALL_DECODER),
+    ("diffusers/flux2.vae", "", AUTOENCODER, 1, FLUX2_VAE),
+    ("diffusers/flux2-small-decoder.vae", "", AUTOENCODER, 1, SMALL_DECODER),
+    ("text/qwen3-4b", "model.", DECODER, 1, QWEN3_4B),
+    ("text/qwen3-8b", "model.", DECODER, 1, QWEN3_8B),
+    ("text/mistral-small-3-24b", "language_model.model.", DECODER, 1, MISTRAL),
+    ("text/mistral-small-3-24b.comfy", "model.", DECODER, 1, MISTRAL),
 ]
 CLASSES = {FLUX: "FluxTransformer2DModel", FLUX2: "Flux2Transformer2DModel", SD3: "SD3Transformer2DModel",
            AUTOENCODER: "AutoencoderKL", CLIP: "CLIPTextModelWithProjection", T5: "T5EncoderModel"}
@@ -65,9 +82,13 @@ def case(request):
     name, prefix, kind, which, config = request.param
     hub = MANIFESTS[name]["config"]
     projected = getattr(config, "projection_dim", 1) is not None
-    hub = {**hub, "_class_name": CLASSES[kind] if projected else "CLIPTextModel"} if hub else None
-    (part,) = [part for part in recognized(name, hub) if part.prefix == prefix]
-    return part, kind, which, config, hub
+    if hub and kind is DECODER:
+        hub = {**hub, "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "Mistral3ForConditionalGeneration"]}
+    elif hub:
+        cls = CLASSES[kind] + "Flux2" * (getattr(config, "patch_size", 1) > 1 and kind is AUTOENCODER)
+        hub = {**hub, "_class_name": cls if projected else "CLIPTextModel"}
+    (part,) = [part for part in recognized(name, hub or None) if part.prefix == prefix]
+    return without_rest(part, config.num_layers) if kind is DECODER else part, kind, which, config, hub or None
 
 
 def stored_names(part):
@@ -96,7 +117,7 @@ def test_sizes_are_found_from_names_and_shapes(case):
     part, kind, which, config, _ = case
     found = configs.fields(part)
     assert found.items() <= vars(config).items()
-    if kind is AUTOENCODER and which:  # whose latents only config.json describes
+    if kind is AUTOENCODER and which and config.patch_size == 1:  # whose latents only config.json describes
         with pytest.raises(CheckpointError, match="scaling and shift"):
             configs.usual(part, found)
     else:
