@@ -5,7 +5,7 @@ A scene is one to three shapes on a colored, textured ground. Every attribute ha
 fill in what the prompt leaves open with the same typical value every time: the bias that repulsion counteracts.
 
 A *complete* scene specifies every attribute; in a *partial* one, as a caption gives it, some are None (unspecified).
-Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, at any rendered size.
+Letters in shape comments: b batch. Lengths are in units of 1/64 of a picture's side, whatever its size in pixels.
 """
 
 import math
@@ -132,6 +132,21 @@ def forget(scene: Scene, rng: random.Random) -> Scene:
     if partial.arrangement is None:
         rng.shuffle(things)
     return replace(partial, things=tuple(things))
+
+
+def misstate(partial: Scene, share: float, rng: random.Random) -> Scene:
+    """A copy of a partial scene in which each specified attribute has, with probability `share`, another value.
+
+    Captions on the web are wrong now and then; a model that was trained on such captions needs guidance.
+    """
+
+    def maybe(value: str | None, values: Sequence[str]) -> str | None:
+        wrong = value is not None and rng.random() < share
+        return rng.choice([other for other in values if other != value]) if wrong else value
+
+    things = [Thing(maybe(t.shape, SHAPES), maybe(t.color, COLORS), maybe(t.size, SIZES)) for t in partial.things]
+    arrangement = maybe(partial.arrangement, ARRANGEMENTS.get(len(things), ()))
+    return Scene(tuple(things), arrangement, maybe(partial.ground, GROUNDS), maybe(partial.texture, TEXTURES))
 
 
 def place(scene: Scene) -> list[tuple[float, float, float]]:

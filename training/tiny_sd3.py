@@ -29,16 +29,16 @@ from mmdit import (
 )
 from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from .data import LENGTH, SHIFT, Data, encode, noised
+from .data import LENGTH, SHIFT, SIZE, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
 from .teacher import TOKENIZERS, sd3_condition
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
-AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
-TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
-                          pooled_dim=32, position="table", position_table_size=16)
-SAMPLING = {"steps": 20, "guidance": 3.0, "height": 64, "width": 64, "world": "tiny",
+AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
+TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, context_dim=128, pooled_dim=32,
+                          position="table", position_table_size=16)
+SAMPLING = {"steps": 20, "guidance": 3.0, "height": SIZE, "width": SIZE, "world": "tiny",
             "repulsion": {"strength": 4.0, "steps": 4, "blocks": "first", "branches": "conditional"}}
 
 
@@ -47,9 +47,9 @@ def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipToken
     names = TOKENIZERS
     if not (folder / names[2] / "spiece.model").exists():
         captions = [c for c in data.captions(torch.arange(min(20_000, len(data.scenes))), -1) if c]
-        train_clip_tokenizer(captions, folder / names[0], vocab_size=644, length=LENGTH)
-        train_clip_tokenizer(captions, folder / names[1], vocab_size=644, length=LENGTH, pad_token="!")
-        train_t5_tokenizer(captions, folder / names[2], vocab_size=72, length=LENGTH)
+        train_clip_tokenizer(captions, folder / names[0], vocab_size=668, length=LENGTH)
+        train_clip_tokenizer(captions, folder / names[1], vocab_size=668, length=LENGTH, pad_token="!")
+        train_t5_tokenizer(captions, folder / names[2], vocab_size=80, length=LENGTH)
     return ClipTokenizer(folder / names[0]), ClipTokenizer(folder / names[1]), T5Tokenizer(folder / names[2])
 
 
@@ -108,7 +108,7 @@ def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -
 
     def loss_at(step: int) -> Tensor:
         rows, rng = pick(step), random.Random(f"{data.seed} clip {step}")
-        picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=2, q=2)
+        picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=4, q=4)
         picture = picture.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3)) * rng.uniform(0.6, 1.6)
         picture = picture.flip(3) if rng.random() < 0.5 else picture
         seen = tower(picture.to(device))
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
+    parser.add_argument("--wrong", type=float, default=0.1, help="share of the said attributes that captions get wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
                         "further, tokenizers, autoencoder and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -181,7 +182,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    data = Data.sample(args.scenes, args.seed)
+    data = Data.sample(args.scenes, args.seed, args.wrong)
     if args.start:
         for name in TOKENIZERS:
             shutil.copytree(args.start / name, args.out / name, dirs_exist_ok=True)
