@@ -22,20 +22,18 @@ from .world import (
     COLOR_RGB,
     COLORS,
     DIRECTIONS,
-    GROUND_RGB,
     GROUNDS,
     MARGIN,
     RADII,
-    SHADE,
     SHAPES,
     SIZES,
     TEXTURES,
     Scene,
     Thing,
     coverage,
+    ground_sheets,
     pixel_grid,
     signed_distance,
-    texture_sheets,
 )
 
 # Colors are in [0, 1] here. Object colors are at least 0.32 away from every shade of every ground.
@@ -46,6 +44,7 @@ SMALLEST = 25  # area; the smallest thing of the world (a small star of two) has
 # Intersection over union below which a thing has no known shape, by the side of the picture. A diamond and the circle
 # of its area have 0.83; renders, blurred as an autoencoder may blur, at least 0.85 at 128 pixels and 0.86 at 64.
 WORST_FIT = {64: 0.7, 128: 0.84}
+CHUNK = {64: 32, 128: 8}  # pictures that fit the cache, likewise
 
 
 def read(images: Tensor) -> list[Scene]:
@@ -61,7 +60,7 @@ def read(images: Tensor) -> list[Scene]:
     side = 64 if min(images.shape[-2:]) < 128 else 128
     if images.shape[-2:] != (side, side):
         images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return [scene for chunk in images.split(32) if len(chunk) for scene in read_chunk(chunk)]  # 32 fit the cache
+    return [scene for chunk in images.split(CHUNK[side]) if len(chunk) for scene in read_chunk(chunk)]
 
 
 def read_chunk(images: Tensor) -> list[Scene]:
@@ -88,19 +87,12 @@ def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
     return tuple(found.tolist() for found in (rows, color, far, *fit_shapes(alpha)))
 
 
-@cache
-def ground_sheets(size: int) -> Tensor:
-    """Every textured ground without things, (grounds * textures, 3, size, size) in [0, 1]."""
-    sheets = GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets(size)[None, :, None]
-    return sheets.flatten(0, 1).clamp(0, 1)
-
-
 def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | None]]:
     """The best fitting ground sheet of each picture (b, 3, h, h), and its ground and texture.
 
     The squared error of a pixel counts up to GROUND_REACH, so pixels of things cost the same for every sheet.
     """
-    cost, sheets = [], ground_sheets(images.shape[-1])
+    cost, sheets = [], ground_sheets(images.shape[-1]).flatten(0, 1)
     for sheet in sheets:
         error = (images - sheet).square().sum(dim=1) / GROUND_REACH**2
         cost.append(error.clamp(max=1).mean(dim=(1, 2)))

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -209,6 +210,12 @@ def texture_sheets(size: int = 64) -> Tensor:
     return torch.stack([torch.full_like(x, 0.5), stripes, dots, checks]) * 2 - 1
 
 
+@cache
+def ground_sheets(size: int) -> Tensor:
+    """Every textured ground without things, (grounds, textures, 3, size, size) in [0, 1]."""
+    return (GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets(size)[None, :, None]).clamp(0, 1)
+
+
 def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Tensor:
     """Pictures of complete scenes, (b, 3, size, size) float32 in [-1, 1], anti-aliased.
 
@@ -217,10 +224,9 @@ def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Ten
     """
     for index, scene in enumerate(scenes):
         check_complete(scene, index)
-    textures, (x, y) = texture_sheets(size), pixel_grid(size)
-    ground = GROUND_RGB[[GROUNDS.index(scene.ground) for scene in scenes]]
-    shade = SHADE * textures[[TEXTURES.index(scene.texture) for scene in scenes]]
-    pictures = (ground[:, :, None, None] + shade[:, None]).clamp(0, 1)  # (b, 3, size, size)
+    grounds = [GROUNDS.index(scene.ground) for scene in scenes]
+    textures = [TEXTURES.index(scene.texture) for scene in scenes]
+    pictures, (x, y) = ground_sheets(size)[grounds, textures], pixel_grid(size)
 
     jitter = torch.zeros(len(scenes), 3, 3)  # picture, thing, (x, y, radius)
     if seed is not None:

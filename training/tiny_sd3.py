@@ -56,7 +56,8 @@ def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipToken
 def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Autoencoder:
     """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
     model = Autoencoder(AUTOENCODER).to(device)
-    pick = batches(len(data.scenes), 32, data.seed)
+    nn.init.constant_(model.encoder.conv_out.bias[AUTOENCODER.latent_channels :], -4)  # log-variance: little noise
+    pick = batches(len(data.scenes), 16, data.seed)
 
     def loss_at(step: int) -> Tensor:
         picture = data.pictures(pick(step), step).to(device)
@@ -67,7 +68,8 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 2e-4 * kl
 
-    train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, ema=0.99, device=device)
+    train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, muon_lr=0.02, ema=0.99,
+          device=device)
     return model.requires_grad_(False).eval()
 
 
