@@ -66,7 +66,7 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
         z = mean + torch.randn_like(mean) * (logvar / 2).exp()
         restored = model.decoder(z).float()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 2e-4 * kl
+        return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 1e-3 * kl
 
     train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, muon_lr=0.02, ema=0.99,
           device=device)
