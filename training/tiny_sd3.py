@@ -136,7 +136,7 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, lr: float, device: str) -> None:
+                      steps: int, lr: float, device: str, compiled: bool) -> None:
     """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
     One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
@@ -145,6 +145,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
     empty = sd3_condition(clips, t5, tokenizers, [""], device)[1].detach()
+    forward = torch.compile(model) if compiled else model
 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
@@ -152,7 +153,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
         noisy, sigma, velocity = noised(latents[rows].float().to(device))
         context, pooled = sd3_condition(clips, t5, tokenizers, captions, device)
         pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
-        return F.mse_loss(model(noisy, sigma, context, pooled).float(), velocity)
+        return F.mse_loss(forward(noisy, sigma, context, pooled).float(), velocity)
 
     parts = {"t5": t5, "transformer": model}
     train("transformer", parts, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
@@ -179,6 +180,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
                         "further, tokenizers, autoencoder and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer: on a CPU 0.6 of the time a "
+                        "step; needs a C++ compiler, and minutes to start")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +204,7 @@ def main() -> None:
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
-                      args.device)
+                      args.device, args.compile)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
