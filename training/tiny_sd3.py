@@ -53,10 +53,21 @@ def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipToken
     return ClipTokenizer(folder / names[0]), ClipTokenizer(folder / names[1]), T5Tokenizer(folder / names[2])
 
 
-def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Autoencoder:
-    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
-    model = Autoencoder(AUTOENCODER).to(device)
-    nn.init.constant_(model.encoder.conv_out.bias[AUTOENCODER.latent_channels :], -4)  # log-variance: little noise
+def new_autoencoder() -> Autoencoder:
+    """The untrained autoencoder; the log-variance starts so that latents have little noise."""
+    model = Autoencoder(AUTOENCODER)
+    nn.init.constant_(model.encoder.conv_out.bias[AUTOENCODER.latent_channels :], -4)
+    return model
+
+
+def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, device: str,
+                      decoder_only: bool = False) -> None:
+    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion).
+
+    With `decoder_only` latents stay what they are, so that a transformer that was trained on them can be kept.
+    """
+    model.to(device).requires_grad_(True)
+    model.encoder.requires_grad_(not decoder_only)
     pick = batches(len(data.scenes), 16, data.seed)
 
     def loss_at(step: int) -> Tensor:
@@ -68,9 +79,9 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 1e-3 * kl
 
-    train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, muon_lr=0.02, ema=0.99,
-          device=device)
-    return model.requires_grad_(False).eval()
+    name, part, lr = ("decoder", model.decoder, 1e-3) if decoder_only else ("autoencoder", model, 3e-3)
+    train(name, {name: part}, loss_at, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
+    model.requires_grad_(False).eval()
 
 
 class ImageTower(nn.Module):
@@ -174,11 +185,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=0, help="then steps of its decoder alone, also with "
+                        "--start: latents, and what was trained on them, stay valid")
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--wrong", type=float, default=0.1, help="share of the said attributes that captions get wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
-                        "further, tokenizers, autoencoder and CLIPs are kept")
+                        "further, tokenizers, encoder of pictures and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the transformer: on a CPU 0.6 of the time a "
                         "step; needs a C++ compiler, and minutes to start")
@@ -194,14 +207,17 @@ def main() -> None:
     tokenizers = train_tokenizers(data, args.out)
     if args.start:
         where = {"dtype": torch.float32, "device": args.device}
-        autoencoder = load_autoencoder(args.start / "vae", **where).requires_grad_(False)
+        autoencoder = load_autoencoder(args.start / "vae", **where)
         *clips, t5 = (load_text_encoder(args.start / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
         clips = [clip.requires_grad_(False) for clip in clips]
         transformer = load_transformer(args.start, **where)
     else:
-        autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
+        autoencoder = new_autoencoder()
+        train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
+    if args.decoder_steps:
+        train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.device, decoder_only=True)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
                       args.device, args.compile)

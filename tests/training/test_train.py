@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sampler import Pipeline
@@ -73,10 +74,13 @@ def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch):
     pictures = Pipeline.load(first)("a circle", 2, steps=2)
     assert [picture.size for picture in pictures] == [(128, 128)] * 2
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path / "more"), "--start", str(first), "--steps", "2",
-                                      "--scenes", "128", "--device", "cpu"])
+                                      "--decoder-steps", "2", "--scenes", "128", "--device", "cpu"])
     script.main()
     second = tmp_path / "more" / "checkpoint"
     same, other = ((first / part, second / part) for part in ("text_encoder/model.safetensors",
                                                               "transformer/diffusion_pytorch_model.safetensors"))
     assert same[0].read_bytes() == same[1].read_bytes() and other[0].read_bytes() != other[1].read_bytes()
+    before, after = (load_file(folder / "vae/diffusion_pytorch_model.safetensors") for folder in (first, second))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder") for name in changed)
     assert sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*")) < 20e6
