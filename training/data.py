@@ -16,7 +16,7 @@ from tiny.world import Scene, forget, misstate, render, sample_scene
 from .loop import chunks, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
-SHIFT = 2.0  # of the noise schedule in training
+SHIFT = 3.0  # of the noise schedule in training, as SD3's
 SIZE = 128  # pixels of a picture's side
 
 
