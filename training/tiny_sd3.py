@@ -77,7 +77,7 @@ def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, 
         z = mean + torch.randn_like(mean) * (logvar / 2).exp()
         restored = model.decoder(z).float()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 1e-3 * kl
+        return F.l1_loss(restored, picture) + 5 * F.mse_loss(restored, picture) + 1e-3 * kl
 
     name, part, lr = ("decoder", model.decoder, 1e-3) if decoder_only else ("autoencoder", model, 3e-3)
     train(name, {name: part}, loss_at, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
