@@ -22,16 +22,18 @@ SIZE = 128  # pixels of a picture's side
 
 @dataclass
 class Data:
-    """The training set: complete scenes, the seed of their captions, and the share of wrong values in these."""
+    """The training set: complete scenes, the seed of their captions and the share of wrong values in these, and the
+    pictures' side in pixels."""
 
     scenes: list[Scene]
     seed: int
     wrong: float = 0.0
+    size: int = SIZE
 
     @classmethod
-    def sample(cls, count: int, seed: int, wrong: float = 0.0) -> "Data":
+    def sample(cls, count: int, seed: int, wrong: float = 0.0, size: int = SIZE) -> "Data":
         rng = random.Random(seed)
-        return cls([sample_scene(rng) for _ in range(count)], seed, wrong)
+        return cls([sample_scene(rng) for _ in range(count)], seed, wrong, size)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
         """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty.
@@ -44,12 +46,12 @@ class Data:
         return ["" if rng.random() < 0.1 else caption for caption in captions]
 
     def pictures(self, rows: Tensor, seed: int) -> Tensor:
-        return render([self.scenes[row] for row in rows.tolist()], seed, SIZE)
+        return render([self.scenes[row] for row in rows.tolist()], seed, self.size)
 
 
 @torch.no_grad()
 def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: bool = False) -> Tensor:
-    """All pictures as latents, the posterior means, normalized by `model`: (count, c, H / 8, W / 8) float16.
+    """All pictures as latents, the posterior means, normalized by `model`: (count, c, h, w) float16.
 
     Cached in a file. `measure`: set shift and scaling in `model.config` so that the latents have mean 0, deviation 1.
     """
