@@ -11,9 +11,9 @@ GAP = 8  # pixels between the pictures of a grid
 
 
 def enlarge(picture: Image.Image, least: int = 128) -> Image.Image:
-    """Small pictures become visible: sides multiplied by a whole number until they reach `least` pixels."""
+    """Small pictures become visible, smoothly: sides multiplied by a whole number until they reach `least` pixels."""
     factor = max(1, -(-least // min(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 
 
 def grid(pictures: list[Image.Image], columns: int | None = None) -> Image.Image:

@@ -11,6 +11,9 @@ REVERSED = {"left of": "right of", "above": "below"}
 ALIKE = {"the": "a", "an": "a", "at": "on", "in": "on"}
 INSTEAD = {"grey": "gray", "background": "ground", "middle": "center", "violet": "purple", "big": "large",
            "centre": "center", "under": "below"}  # of words that no checkpoint was trained on
+INTERCHANGEABLE = {"a": ("the",), "an": ("the",)} | {  # word: its synonyms, one for one in any caption
+    word: tuple(other for other, meant in INSTEAD.items() if meant == word) for word in set(INSTEAD.values())
+}
 WORDS = (  # every word of the captions that the checkpoints were trained on, the comma included
     *SHAPES, *COLORS, *SIZES, *GROUNDS, *TEXTURES, *ARRANGEMENTS[1], "above", "below", "of", "row", "column",
     "a", "an", "the", "on", "at", "in", "and", ",", "shape", "ground",
@@ -39,6 +42,21 @@ def describe(scene: Scene, rng: random.Random | None = None) -> str:
     if scene.texture or scene.ground:
         text += " on " + article(" ".join(filter(None, (scene.texture, scene.ground, "ground"))))
     return text
+
+
+def reword(caption: str, rng: random.Random) -> str:
+    """A caption of `describe` in other words of the same meaning, at most as many: half of them stay as they are.
+
+    Of the others, some say "red circle on navy", without articles and "ground"; each word may become a synonym.
+    """
+    if rng.random() < 0.5:
+        return caption
+    caption = caption.replace(",", " ,")
+    if rng.random() < 0.3:
+        caption = " ".join(word for word in caption.split() if word not in ("a", "an", "the"))
+        caption = re.sub(rf"({'|'.join(GROUNDS)}) ground$", r"\1", caption)
+    words = [rng.choice((word, *INTERCHANGEABLE.get(word, ()))) for word in caption.split()]
+    return " ".join(words).replace(" ,", ",")
 
 
 def article(noun: str) -> str:

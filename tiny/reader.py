@@ -4,7 +4,8 @@ Every ground, texture, color and shape is known, so a picture is analyzed in fou
 best, the pixels that are a blend of that sheet and an object color, their connected components, and for each component
 the shape whose silhouette of the same area and centroid overlaps it most. It works on renders and generated pictures.
 
-Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch.
+Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch; h the
+side of the pictures, 64 or 128 pixels. Lengths are in units of 1/64 of a side, as in `tiny.world`.
 """
 
 import math
@@ -21,60 +22,63 @@ from .world import (
     COLOR_RGB,
     COLORS,
     DIRECTIONS,
-    GROUND_RGB,
     GROUNDS,
     MARGIN,
     RADII,
-    SHADE,
     SHAPES,
     SIZES,
     TEXTURES,
     Scene,
     Thing,
     coverage,
+    ground_sheets,
     pixel_grid,
     signed_distance,
-    texture_sheets,
 )
 
 # Colors are in [0, 1] here. Object colors are at least 0.32 away from every shade of every ground.
 GROUND_REACH = 0.25  # the distance from a ground sheet at which a pixel's error is capped
 GROUND_SHARE = 0.35  # at least this share of a picture must fit its ground sheet
 COLOR_REACH = 0.3  # a thing whose color is further than this from the palette has no known color
-SMALLEST = 25  # pixels; the smallest thing of the world (a small star of two) has 65
-WORST_FIT = 0.7  # intersection over union below which a thing has no known shape
+SMALLEST = 25  # area; the smallest thing of the world (a small star of two) has 65
+# Intersection over union below which a thing has no known shape, by the side of the picture. A diamond and the circle
+# of its area have 0.83; renders, blurred as an autoencoder may blur, at least 0.85 at 128 pixels and 0.86 at 64.
+WORST_FIT = {64: 0.7, 128: 0.84}
+CHUNK = {64: 32, 128: 8}  # pictures that fit the cache, likewise
 
 
 def read(images: Tensor) -> list[Scene]:
     """What each picture shows, as a canonical complete scene (see `Scene`); (b, 3, h, w) in [-1, 1].
 
     Any picture is accepted: without things, `things=()`; of more than three, the largest three count; an attribute that
-    cannot be determined is None. Other sizes than 64 are resized first. Raises ValueError for any other tensor shape.
+    cannot be determined is None. Pictures of 128 pixels and more are read at 128, smaller ones at 64; others are
+    resized first. Raises ValueError for any other tensor shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width)")
     images = images.detach().float().cpu().nan_to_num().clamp(-1, 1) / 2 + 0.5
-    if images.shape[-2:] != (64, 64):
-        images = F.interpolate(images, size=(64, 64), mode="bilinear", antialias=True)
-    return [scene for chunk in images.split(32) if len(chunk) for scene in read_chunk(chunk)]  # 32 fit the cache
+    side = 64 if min(images.shape[-2:]) < 128 else 128
+    if images.shape[-2:] != (side, side):
+        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return [scene for chunk in images.split(CHUNK[side]) if len(chunk) for scene in read_chunk(chunk)]
 
 
 def read_chunk(images: Tensor) -> list[Scene]:
-    """`read` for a batch of 64x64 pictures in [0, 1]."""
+    """`read` for a batch (b, 3, h, h) of pictures in [0, 1]."""
     sheet, grounds, textures = find_ground(images)
     things = [[] for _ in images]
     for row, color, far, shape, overlap, fit in zip(*find_things(images, sheet), strict=True):
         name = COLORS[color] if far < COLOR_REACH else None
-        things[row].append((name, SHAPES[shape] if overlap > WORST_FIT else None, *fit))
+        things[row].append((name, SHAPES[shape] if overlap > WORST_FIT[images.shape[-1]] else None, *fit))
     return [arrange(*found) for found in zip(things, grounds, textures, strict=True)]
 
 
 def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
-    """The things in pictures (b, 3, 64, 64), given their ground sheets, as six lists with one item per thing.
+    """The things in pictures (b, 3, h, h), given their ground sheets, as six lists with one item per thing.
 
     These are: row in the batch, nearest color, its distance, best shape, its overlap, (center x, center y, radius).
     """
-    components = find_components(opacity(images, sheet) > 0.5)  # (b, s, 64, 64) bool
+    components = find_components(opacity(images, sheet) > 0.5)  # (b, s, h, h) bool
     rows, slots = components.any(dim=(2, 3)).nonzero(as_tuple=True)
     if not len(rows):
         return [], [], [], [], [], []
@@ -83,31 +87,24 @@ def find_things(images: Tensor, sheet: Tensor) -> tuple[list, ...]:
     return tuple(found.tolist() for found in (rows, color, far, *fit_shapes(alpha)))
 
 
-@cache
-def ground_sheets() -> Tensor:
-    """Every textured ground without things, (grounds * textures, 3, 64, 64) in [0, 1]."""
-    sheets = GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets()[None, :, None]
-    return sheets.flatten(0, 1).clamp(0, 1)
-
-
 def find_ground(images: Tensor) -> tuple[Tensor, list[str | None], list[str | None]]:
-    """The best fitting ground sheet of each picture (b, 3, 64, 64), and its ground and texture.
+    """The best fitting ground sheet of each picture (b, 3, h, h), and its ground and texture.
 
     The squared error of a pixel counts up to GROUND_REACH, so pixels of things cost the same for every sheet.
     """
-    cost = []
-    for sheet in ground_sheets():
+    cost, sheets = [], ground_sheets(images.shape[-1]).flatten(0, 1)
+    for sheet in sheets:
         error = (images - sheet).square().sum(dim=1) / GROUND_REACH**2
         cost.append(error.clamp(max=1).mean(dim=(1, 2)))
     cost, best = torch.stack(cost).min(dim=0)
     known = (cost < 1 - GROUND_SHARE).tolist()
     grounds = [GROUNDS[i // len(TEXTURES)] if ok else None for i, ok in zip(best.tolist(), known, strict=True)]
     textures = [TEXTURES[i % len(TEXTURES)] if ok else None for i, ok in zip(best.tolist(), known, strict=True)]
-    return ground_sheets()[best], grounds, textures
+    return sheets[best], grounds, textures
 
 
 def opacity(images: Tensor, sheet: Tensor) -> Tensor:
-    """The opacity of an object color over the ground sheet at each pixel, (b, 64, 64) in [0, 1].
+    """The opacity of an object color over the ground sheet at each pixel, (b, h, h) in [0, 1].
 
     A pixel is ground + opacity * (color - ground) for some object color: the one that leaves the least error.
     """
@@ -124,7 +121,7 @@ def opacity(images: Tensor, sheet: Tensor) -> Tensor:
 
 
 def find_components(mask: Tensor) -> Tensor:
-    """The three largest connected components (8 neighbors) of masks (b, 64, 64), as (b, 3, 64, 64) bool.
+    """The three largest connected components (8 neighbors) of masks (b, h, h), as (b, 3, h, h) bool.
 
     Every pixel starts with its own label and takes the largest of its neighborhood until nothing changes.
     """
@@ -142,33 +139,39 @@ def find_components(mask: Tensor) -> Tensor:
     areas.scatter_add_(1, numbers, torch.ones_like(numbers))
     areas[:, 0] = 0  # label 0 is the ground
     area, label = areas.topk(3, dim=1)
-    label = label.masked_fill(area < SMALLEST, -1)
+    label = label.masked_fill(area < SMALLEST * unit(mask) ** 2, -1)
     return labels[:, None] == label[:, :, None, None]
 
 
-def grow(pictures: Tensor) -> Tensor:
-    """Each pixel of (b, 64, 64) becomes the maximum of its 3x3 neighborhood (many times faster than `max_pool2d`)."""
-    for axis in (1, 2):
-        before, after = pictures.narrow(axis, 0, 63), pictures.narrow(axis, 1, 63)
+def unit(pictures: Tensor) -> int:
+    """Pixels per unit of length of pictures (…, h, h): 1 or 2."""
+    return pictures.shape[-1] // 64
+
+
+def grow(pictures: Tensor, times: int = 1) -> Tensor:
+    """Each pixel of (b, h, h) becomes the maximum of its 3x3 neighborhood (many times faster than `max_pool2d`)."""
+    last = pictures.shape[-1] - 1
+    for axis in (1, 2) * times:
+        before, after = pictures.narrow(axis, 0, last), pictures.narrow(axis, 1, last)
         pictures = pictures.clone()
-        pictures.narrow(axis, 1, 63).clamp_(min=before)
-        pictures.narrow(axis, 0, 63).clamp_(min=after)
+        pictures.narrow(axis, 1, last).clamp_(min=before)
+        pictures.narrow(axis, 0, last).clamp_(min=after)
     return pictures
 
 
 def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft silhouettes (t, 64, 64) and colors (t, 3) of things, in [0, 1], from their pictures and components.
+    """Soft silhouettes (t, h, h) and colors (t, 3) of things, in [0, 1], from their pictures and components.
 
     The color is the mean over the component's core; the silhouette is the opacity of that color over the ground,
-    in the component and up to two pixels around it, outside other components.
+    in the component and up to two units around it, outside other components.
     """
     solid = component.float()
-    core = 1 - grow(1 - solid)  # eroded by one pixel
-    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6, core, solid)
+    core = 1 - grow(1 - solid, unit(solid))  # eroded by one unit
+    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6 * unit(solid) ** 2, core, solid)
     color = (images * core[:, None]).sum(dim=(2, 3)) / core.sum(dim=(1, 2))[:, None]
     full = color[:, :, None, None] - sheet
     alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
-    around = grow(grow(solid)).bool() & (component | ~any_component)
+    around = grow(solid, 2 * unit(solid)).bool() & (component | ~any_component)
     return (2 * alpha - 0.5).clamp(0, 1) * around, color  # twice as steep: reduces blur and noise
 
 
@@ -182,20 +185,22 @@ def shape_moments(shape: str) -> tuple[float, float]:
 
 
 def fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shape (t,), overlap (t,), and center x, center y and radius (t, 3) of soft silhouettes (t, 64, 64).
+    """Shape (t,), overlap (t,), and center x, center y and radius (t, 3) of soft silhouettes (t, h, h).
 
     Each shape is drawn with the silhouette's area and centroid; the one of the largest intersection over union counts.
     """
-    x, y = pixel_grid(64)
-    area = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
-    center_x, center_y = (alpha * x).sum(dim=(1, 2)) / area, (alpha * y).sum(dim=(1, 2)) / area
+    size = alpha.shape[-1]
+    x, y = pixel_grid(size)
+    pixels = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
+    center_x, center_y = (alpha * x).sum(dim=(1, 2)) / pixels, (alpha * y).sum(dim=(1, 2)) / pixels
+    area = pixels / unit(alpha) ** 2
     overlaps, fits = [], []
     for shape in SHAPES:
         unit_area, below = shape_moments(shape)
         radius = (area / unit_area).sqrt()
         fit = torch.stack([center_x, center_y - below * radius, radius])
         left, top, scale = fit[:, :, None, None]
-        drawn = coverage(signed_distance(shape, (x - left) / scale, (y - top) / scale) * scale)
+        drawn = coverage(signed_distance(shape, (x - left) / scale, (y - top) / scale) * scale, size)
         overlaps.append(torch.minimum(drawn, alpha).sum(dim=(1, 2)) / torch.maximum(drawn, alpha).sum(dim=(1, 2)))
         fits.append(fit)
     overlap, best = torch.stack(overlaps).max(dim=0)

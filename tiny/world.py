@@ -5,7 +5,7 @@ A scene is one to three shapes on a colored, textured ground. Every attribute ha
 fill in what the prompt leaves open with the same typical value every time: the bias that repulsion counteracts.
 
 A *complete* scene specifies every attribute; in a *partial* one, as a caption gives it, some are None (unspecified).
-Letters in shape comments: b batch. Lengths are pixels of a 64-pixel picture, at any rendered size.
+Letters in shape comments: b batch. Lengths are in units of 1/64 of a picture's side, whatever its size in pixels.
 """
 
 import math
@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -134,6 +135,21 @@ def forget(scene: Scene, rng: random.Random) -> Scene:
     return replace(partial, things=tuple(things))
 
 
+def misstate(partial: Scene, share: float, rng: random.Random) -> Scene:
+    """A copy of a partial scene in which each specified attribute has, with probability `share`, another value.
+
+    Captions on the web are wrong now and then; a model that was trained on such captions needs guidance.
+    """
+
+    def maybe(value: str | None, values: Sequence[str]) -> str | None:
+        wrong = value is not None and rng.random() < share
+        return rng.choice([other for other in values if other != value]) if wrong else value
+
+    things = [Thing(maybe(t.shape, SHAPES), maybe(t.color, COLORS), maybe(t.size, SIZES)) for t in partial.things]
+    arrangement = maybe(partial.arrangement, ARRANGEMENTS.get(len(things), ()))
+    return Scene(tuple(things), arrangement, maybe(partial.ground, GROUNDS), maybe(partial.texture, TEXTURES))
+
+
 def place(scene: Scene) -> list[tuple[float, float, float]]:
     """Center x, y (down) and radius of each thing of a complete scene, before jitter."""
     count = len(scene.things)
@@ -194,6 +210,12 @@ def texture_sheets(size: int = 64) -> Tensor:
     return torch.stack([torch.full_like(x, 0.5), stripes, dots, checks]) * 2 - 1
 
 
+@cache
+def ground_sheets(size: int) -> Tensor:
+    """Every textured ground without things, (grounds, textures, 3, size, size) in [0, 1]."""
+    return (GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets(size)[None, :, None]).clamp(0, 1)
+
+
 def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Tensor:
     """Pictures of complete scenes, (b, 3, size, size) float32 in [-1, 1], anti-aliased.
 
@@ -202,10 +224,9 @@ def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Ten
     """
     for index, scene in enumerate(scenes):
         check_complete(scene, index)
-    textures, (x, y) = texture_sheets(size), pixel_grid(size)
-    ground = GROUND_RGB[[GROUNDS.index(scene.ground) for scene in scenes]]
-    shade = SHADE * textures[[TEXTURES.index(scene.texture) for scene in scenes]]
-    pictures = (ground[:, :, None, None] + shade[:, None]).clamp(0, 1)  # (b, 3, size, size)
+    grounds = [GROUNDS.index(scene.ground) for scene in scenes]
+    textures = [TEXTURES.index(scene.texture) for scene in scenes]
+    pictures, (x, y) = ground_sheets(size)[grounds, textures], pixel_grid(size)
 
     jitter = torch.zeros(len(scenes), 3, 3)  # picture, thing, (x, y, radius)
     if seed is not None:

@@ -10,40 +10,48 @@ from torch import Tensor
 
 from mmdit import Autoencoder
 from sampler.schedule import shifted
-from tiny.captions import describe
-from tiny.world import Scene, forget, render, sample_scene
+from tiny.captions import describe, reword
+from tiny.world import Scene, forget, misstate, render, sample_scene
 
 from .loop import chunks, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
-SHIFT = 2.0  # of the noise schedule in training
+SHIFT = 3.0  # of the noise schedule in training, as SD3's
+SIZE = 128  # pixels of a picture's side
 
 
 @dataclass
 class Data:
-    """The training set: complete scenes, and the seed of their captions."""
+    """The training set: complete scenes, the seed of their captions and the share of wrong values in these, and the
+    pictures' side in pixels."""
 
     scenes: list[Scene]
     seed: int
+    wrong: float = 0.0
+    size: int = SIZE
 
     @classmethod
-    def sample(cls, count: int, seed: int) -> "Data":
+    def sample(cls, count: int, seed: int, wrong: float = 0.0, size: int = SIZE) -> "Data":
         rng = random.Random(seed)
-        return cls([sample_scene(rng) for _ in range(count)], seed)
+        return cls([sample_scene(rng) for _ in range(count)], seed, wrong, size)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
-        """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty."""
+        """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty.
+
+        Of the attributes that are said, a share of `wrong` is wrong.
+        """
         rng = random.Random(f"{self.seed} captions {step}")
-        captions = [describe(forget(self.scenes[row], rng), rng) for row in rows.tolist()]
+        said = [misstate(forget(self.scenes[row], rng), self.wrong, rng) for row in rows.tolist()]
+        captions = [reword(describe(scene, rng), rng) for scene in said]
         return ["" if rng.random() < 0.1 else caption for caption in captions]
 
     def pictures(self, rows: Tensor, seed: int) -> Tensor:
-        return render([self.scenes[row] for row in rows.tolist()], seed)
+        return render([self.scenes[row] for row in rows.tolist()], seed, self.size)
 
 
 @torch.no_grad()
 def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: bool = False) -> Tensor:
-    """All pictures as latents, the posterior means, normalized by `model`: (count, c, H / 4, W / 4) float16.
+    """All pictures as latents, the posterior means, normalized by `model`: (count, c, h, w) float16.
 
     Cached in a file. `measure`: set shift and scaling in `model.config` so that the latents have mean 0, deviation 1.
     """

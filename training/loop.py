@@ -12,19 +12,29 @@ from tqdm import trange
 
 
 def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices inside transformer blocks where `muon_lr` is given.
+    """AdamW, and where `muon_lr` is given Muon for the matrices and convolutions of all but the first and last layers.
 
     Muon (K. Jordan, 2024) makes each update orthogonal; modulation layers, which start at zero, stay with AdamW.
     """
     matrices, rest = [], []
     for module in modules.values():
         for name, parameter in module.named_parameters():
-            in_block = "blocks." in name and "modulation" not in name and parameter.ndim == 2
-            (matrices if muon_lr and in_block else rest).append(parameter)
+            inner = any(part in name for part in ("blocks.", "middle.", ".up.", ".down.")) and "modulation" not in name
+            if muon_lr and inner and parameter.ndim in (2, 4):
+                matrices.append(parameter if parameter.ndim == 2 else as_matrix(parameter))
+            else:
+                rest.append(parameter)
     found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01))
     return found
+
+
+def as_matrix(convolution: nn.Parameter) -> nn.Parameter:
+    """The weight (c_out, c_in, y, x) as a matrix (c_out, c_in · y · x), which shares its memory and its gradient."""
+    matrix = nn.Parameter(convolution.data.flatten(1))
+    convolution.register_post_accumulate_grad_hook(lambda weight: setattr(matrix, "grad", weight.grad.flatten(1)))
+    return matrix
 
 
 def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Tensor], steps: int, folder: Path, *,
@@ -60,7 +70,7 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
         for optimizer, base in zip(opts, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        together.zero_grad(set_to_none=True)
         decay = min(ema, (step + 1) / (step + 10))
         for key, value in together.state_dict().items():
             average[key].lerp_(value, 1 - decay)

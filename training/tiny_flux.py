@@ -7,6 +7,7 @@ whose velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def student_of(teacher: MMDiT) -> MMDiT:
     that the teacher lacks are initialized to have no effect: single-stream blocks, the context's output of the
     teacher's last block, the guidance.
     """
-    student = start_at_zero(MMDiT(TRANSFORMER))
+    student = start_at_zero(MMDiT(replace(TRANSFORMER, latent_channels=teacher.config.latent_channels)))
     # The pooled vector is new too: unlike the teacher's, it is CLIP-L's before the projection.
     for new in (*student.guidance_in.out_layer.parameters(), student.pooled_in.in_layer.weight):
         nn.init.zeros_(new)
@@ -89,14 +90,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    data = Data.sample(args.scenes, args.seed)
     teacher = Teacher(args.teacher, args.device)
+    data = Data.sample(args.scenes, args.seed, size=teacher.size)
     encoders = FluxTextEncoders(teacher)
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
     distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
-    export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder, SAMPLING)
+    export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
+                SAMPLING | {"height": teacher.size, "width": teacher.size})
     print(f"written to {args.out / 'checkpoint'}")
 
 

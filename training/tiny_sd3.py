@@ -29,16 +29,16 @@ from mmdit import (
 )
 from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from .data import LENGTH, SHIFT, Data, encode, noised
+from .data import LENGTH, SHIFT, SIZE, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
 from .teacher import TOKENIZERS, sd3_condition
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
-AUTOENCODER = AutoencoderConfig(channels=(24, 48, 64), latent_channels=6, blocks_per_level=1, norm_groups=8)
-TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, latent_channels=6, context_dim=128,
-                          pooled_dim=32, position="table", position_table_size=16)
-SAMPLING = {"steps": 20, "guidance": 3.0, "height": 64, "width": 64, "world": "tiny",
+AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
+TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, context_dim=128, pooled_dim=32,
+                          position="table", position_table_size=16)
+SAMPLING = {"steps": 20, "guidance": 3.0, "height": SIZE, "width": SIZE, "world": "tiny",
             "repulsion": {"strength": 4.0, "steps": 4, "blocks": "first", "branches": "conditional"}}
 
 
@@ -47,16 +47,28 @@ def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipToken
     names = TOKENIZERS
     if not (folder / names[2] / "spiece.model").exists():
         captions = [c for c in data.captions(torch.arange(min(20_000, len(data.scenes))), -1) if c]
-        train_clip_tokenizer(captions, folder / names[0], vocab_size=644, length=LENGTH)
-        train_clip_tokenizer(captions, folder / names[1], vocab_size=644, length=LENGTH, pad_token="!")
-        train_t5_tokenizer(captions, folder / names[2], vocab_size=72, length=LENGTH)
+        train_clip_tokenizer(captions, folder / names[0], vocab_size=668, length=LENGTH)
+        train_clip_tokenizer(captions, folder / names[1], vocab_size=668, length=LENGTH, pad_token="!")
+        train_t5_tokenizer(captions, folder / names[2], vocab_size=80, length=LENGTH)
     return ClipTokenizer(folder / names[0]), ClipTokenizer(folder / names[1]), T5Tokenizer(folder / names[2])
 
 
-def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Autoencoder:
-    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
-    model = Autoencoder(AUTOENCODER).to(device)
-    pick = batches(len(data.scenes), 32, data.seed)
+def new_autoencoder() -> Autoencoder:
+    """The untrained autoencoder; the log-variance starts so that latents have little noise."""
+    model = Autoencoder(AUTOENCODER)
+    nn.init.constant_(model.encoder.conv_out.bias[AUTOENCODER.latent_channels :], -4)
+    return model
+
+
+def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, device: str,
+                      decoder_only: bool = False) -> None:
+    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion).
+
+    With `decoder_only` latents stay what they are, so that a transformer that was trained on them can be kept.
+    """
+    model.to(device).requires_grad_(True)
+    model.encoder.requires_grad_(not decoder_only)
+    pick = batches(len(data.scenes), 16, data.seed)
 
     def loss_at(step: int) -> Tensor:
         picture = data.pictures(pick(step), step).to(device)
@@ -65,10 +77,11 @@ def train_autoencoder(data: Data, folder: Path, steps: int, device: str) -> Auto
         z = mean + torch.randn_like(mean) * (logvar / 2).exp()
         restored = model.decoder(z).float()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        return F.l1_loss(restored, picture) + 2 * F.mse_loss(restored, picture) + 2e-4 * kl
+        return F.l1_loss(restored, picture) + 5 * F.mse_loss(restored, picture) + 1e-3 * kl
 
-    train("autoencoder", {"autoencoder": model}, loss_at, steps, folder, lr=3e-3, ema=0.99, device=device)
-    return model.requires_grad_(False).eval()
+    name, part, lr = ("decoder", model.decoder, 1e-3) if decoder_only else ("autoencoder", model, 3e-3)
+    train(name, {name: part}, loss_at, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
+    model.requires_grad_(False).eval()
 
 
 class ImageTower(nn.Module):
@@ -108,7 +121,7 @@ def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -
 
     def loss_at(step: int) -> Tensor:
         rows, rng = pick(step), random.Random(f"{data.seed} clip {step}")
-        picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=2, q=2)
+        picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=4, q=4)
         picture = picture.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3)) * rng.uniform(0.6, 1.6)
         picture = picture.flip(3) if rng.random() < 0.5 else picture
         seen = tower(picture.to(device))
@@ -134,7 +147,7 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, lr: float, device: str) -> None:
+                      steps: int, lr: float, device: str, compiled: bool) -> None:
     """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
     One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
@@ -143,6 +156,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     t5, model = t5.to(device), model.to(device)
     pick = batches(len(data.scenes), 64, data.seed + 2)
     empty = sd3_condition(clips, t5, tokenizers, [""], device)[1].detach()
+    forward = torch.compile(model) if compiled else model
 
     def loss_at(step: int) -> Tensor:
         rows = pick(step)
@@ -150,7 +164,7 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
         noisy, sigma, velocity = noised(latents[rows].float().to(device))
         context, pooled = sd3_condition(clips, t5, tokenizers, captions, device)
         pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
-        return F.mse_loss(model(noisy, sigma, context, pooled).float(), velocity)
+        return F.mse_loss(forward(noisy, sigma, context, pooled).float(), velocity)
 
     parts = {"t5": t5, "transformer": model}
     train("transformer", parts, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
@@ -171,34 +185,42 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=0, help="then steps of its decoder alone, also with "
+                        "--start: latents, and what was trained on them, stay valid")
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
+    parser.add_argument("--wrong", type=float, default=0.1, help="share of the said attributes that captions get wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
-                        "further, tokenizers, autoencoder and CLIPs are kept")
+                        "further, tokenizers, encoder of pictures and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer: on a CPU 0.6 of the time a "
+                        "step; needs a C++ compiler, and minutes to start")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    data = Data.sample(args.scenes, args.seed)
+    data = Data.sample(args.scenes, args.seed, args.wrong)
     if args.start:
         for name in TOKENIZERS:
             shutil.copytree(args.start / name, args.out / name, dirs_exist_ok=True)
     tokenizers = train_tokenizers(data, args.out)
     if args.start:
         where = {"dtype": torch.float32, "device": args.device}
-        autoencoder = load_autoencoder(args.start / "vae", **where).requires_grad_(False)
+        autoencoder = load_autoencoder(args.start / "vae", **where)
         *clips, t5 = (load_text_encoder(args.start / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
         clips = [clip.requires_grad_(False) for clip in clips]
         transformer = load_transformer(args.start, **where)
     else:
-        autoencoder = train_autoencoder(data, args.out, args.autoencoder_steps, args.device)
+        autoencoder = new_autoencoder()
+        train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
+    if args.decoder_steps:
+        train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.device, decoder_only=True)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
-                      args.device)
+                      args.device, args.compile)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 

@@ -112,7 +112,7 @@ def main() -> None:
     student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
     distill(teacher, student, data, ways, args.out, args.steps, args.lr)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
-               SHIFT, SAMPLING)
+               SHIFT, SAMPLING | {"height": teacher.size, "width": teacher.size})
     print(f"written to {args.out / 'checkpoint'}")
 
 

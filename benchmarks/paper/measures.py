@@ -40,7 +40,7 @@ def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> d
     vendi: of the attributes, 1 to the number of pictures; vendi_embedding: likewise, of `Embedding`
     adherence: share of the prompted attributes that are present, 0 to 1
     unreadable: share of a picture's attributes that the reader cannot tell, 0 to 1
-    wrong_pixels: how many of the 4,096 differ clearly from the closest picture that the world's renderer can draw
+    wrong_pixels: how many pixels differ clearly from the closest picture that the world's renderer can draw
     blur: see `benchmarks.interpolate.blur`, levels of 255
     scenes, embedding: what each picture shows, and where it lies
     """
@@ -72,20 +72,21 @@ def unreadable(scene: Scene) -> float:
 
 
 def wrong_pixels(pixels: Tensor) -> list[int]:
-    """Pixels that are clearly not what the world's renderer would draw there: (b, 3, 64, 64) → b counts."""
+    """Pixels that are clearly not what the world's renderer would draw there: (b, 3, h, h) → b counts, h 64 or 128."""
     off = (pixels - closest_render(pixels)).abs().amax(dim=1) / 2
     return (off > CLEARLY).sum(dim=(1, 2)).tolist()
 
 
 def closest_render(images: Tensor) -> Tensor:
-    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, 64, 64) in [-1, 1] → the same.
+    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, h, h) in [-1, 1] → the same.
 
     Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
     """
-    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(64)
+    size = images.shape[-1]
+    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(size)
     redrawn = find_ground(images)[0].clone()
     for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
-        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius)
+        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius, size)
         redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
     return redrawn * 2 - 1
 

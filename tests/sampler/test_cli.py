@@ -44,7 +44,7 @@ def test_the_grid_holds_the_single_pictures(call, tmp_path):
     sheet, single = Image.open(tmp_path / "here/base.png"), Image.open(tmp_path / "here/base-02.png")
     x = output.GAP + 2 * (128 + output.GAP)
     cut = sheet.crop((x, output.GAP, x + 128, output.GAP + 128))
-    assert cut.tobytes() == single.resize((128, 128), Image.Resampling.NEAREST).tobytes()
+    assert cut.tobytes() == single.resize((128, 128), Image.Resampling.BICUBIC).tobytes()
 
 
 def test_existing_output_is_kept_unless_told_otherwise(call, tmp_path, capsys):

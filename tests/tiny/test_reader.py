@@ -30,13 +30,15 @@ def attributes(scene):
 
 
 def tensor_of(image):
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3)
+    return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 @pytest.mark.parametrize("condition", ["fresh", "blurred and noisy"])
-def test_reads_what_was_rendered(condition):
-    scenes = scenes_of(1536, seed=9101)
-    pictures = torch.cat([render(scenes[i : i + 64], seed=91000 + i) for i in range(0, len(scenes), 64)])
+@pytest.mark.parametrize(("size", "count"), [(64, 1536), (128, 384)])
+def test_reads_what_was_rendered(condition, size, count):
+    scenes = scenes_of(count, seed=9101)
+    pictures = torch.cat([render(scenes[i : i + 64], 91000 + i, size) for i in range(0, len(scenes), 64)])
     if condition != "fresh":
         pictures = blur(pictures, 0.8) + 0.05 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(91))
     found = read(pictures)
@@ -89,6 +91,16 @@ def test_reads_a_picture_drawn_by_another_program():
     (found,) = read(tensor_of(image)[None])
     small, large = Thing("square", "green", "small"), Thing("circle", "orange", "large")
     assert found == Scene((small, large), "left of", "teal", "plain")
+
+
+def test_a_diamond_is_not_a_circle_at_128_pixels():
+    image = Image.new("RGB", (128, 128), (25, 120, 125))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((16, 48, 48, 80), fill=(220, 30, 40))
+    draw.polygon([(96, 44), (116, 64), (96, 84), (76, 64)], fill=(252, 252, 252))
+    (found,) = read(tensor_of(image)[None])
+    circle, diamond = Thing("circle", "red", "medium"), Thing(None, "white", "medium")
+    assert found == Scene((circle, diamond), "left of", "teal", "plain")
 
 
 def test_of_more_than_three_things_the_largest_count():

@@ -2,13 +2,14 @@
 
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tiny.captions import INSTEAD, WORDS, describe, parse
+from tiny.captions import INSTEAD, WORDS, describe, parse, reword
 from tiny.world import (
     ARRANGEMENTS,
     COLOR_RGB,
@@ -25,6 +26,7 @@ from tiny.world import (
     Scene,
     Thing,
     forget,
+    misstate,
     place,
     render,
     sample_scene,
@@ -300,3 +302,49 @@ def test_forgetting_keeps_the_announced_shares():
     first = sum(p.things[0].shape == "circle" for p in loose) / len(loose)
     assert abs(first - 0.5) < 4 * math.sqrt(0.25 / len(loose))
     assert all(p.things[0].shape != "square" for p in partials if p.arrangement == "above")
+
+
+def test_reworded_captions_mean_the_same_in_every_word_that_is_understood():
+    rng, seen = random.Random(22), Counter()
+    for _ in range(6000):
+        partial = forget(sample_scene(rng), rng)
+        caption = describe(partial, rng)
+        other = reword(caption, rng)
+        trained = re.sub(r"\w+", lambda word: INSTEAD.get(word[0], word[0]), other)  # on the bundled checkpoints' words
+        assert parse(trained) == partial, other
+        assert len(other.replace(",", " ,").split()) <= len(caption.replace(",", " ,").split())
+        seen.update(other.replace(",", " ,").split())
+        seen["as it was"] += other == caption
+    assert set(seen) - {"as it was"} == set(WORDS) | set(INSTEAD)
+    assert 0.5 <= seen["as it was"] / 6000 < 0.6
+    assert reword("a large ring, a star and a cross", FixedChoices()) == "the big ring, the star and the cross"
+
+
+class FixedChoices:
+    """Rewords, keeps articles, and takes the last synonym."""
+
+    def random(self):
+        return 0.9
+
+    def choice(self, values):
+        return values[-1]
+
+
+def test_captions_are_wrong_in_the_announced_share_of_what_they_say():
+    rng = random.Random(23)
+    full = Scene((A, replace(B, size="large")), "above", "navy", "plain")
+    told = [misstate(full, 0.1, rng) for _ in range(6000)]
+    for name in ("arrangement", "ground", "texture"):
+        wrong = sum(getattr(scene, name) != getattr(full, name) for scene in told) / 6000
+        assert abs(wrong - 0.1) < 4 * math.sqrt(0.09 / 6000)
+    colors = Counter(scene.things[0].color for scene in told)
+    assert set(colors) == set(COLORS)
+    for color in COLORS[1:]:  # the wrong ones are equally likely
+        assert abs(colors[color] / 6000 - 0.1 / 6) < 4 * math.sqrt(0.1 / 6 / 6000)
+    assert {scene.arrangement for scene in told} == {"above", "left of"}
+    assert misstate(full, 0, rng) == full
+    open_scene = Scene((Thing("circle"), Thing()), None, "navy")
+    for scene in (misstate(open_scene, 1, rng) for _ in range(100)):  # what is not said stays unsaid
+        assert scene.things[0].shape not in (None, "circle") and scene.ground not in (None, "navy")
+        assert replace(scene, things=(), ground=None) == Scene() and scene.things[1] == Thing()
+        assert scene.things[0] == Thing(scene.things[0].shape)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sampler import Pipeline
@@ -14,7 +15,8 @@ from training.loop import batches, optimizers, train
 def small_run(folder, steps, stop_at=None):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)]), "out": nn.Linear(8, 2)})
+    blocks = nn.ModuleList([nn.Linear(8, 8), nn.Conv2d(8, 8, 3, padding=1)])
+    net = nn.ModuleDict({"blocks": blocks, "out": nn.Linear(8, 2)})
     pick = batches(64, 16, seed=1)
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
 
@@ -22,7 +24,8 @@ def small_run(folder, steps, stop_at=None):
         if step == stop_at:
             raise KeyboardInterrupt
         x = data[pick(step)]
-        return (net["out"](net["blocks"][0](x)) - x[:, :2] + 0.1 * torch.randn(16, 2)).square().mean()
+        inner = blocks[1](blocks[0](x)[:, :, None, None])[:, :, 0, 0]
+        return (net["out"](inner) - x[:, :2] + 0.1 * torch.randn(16, 2)).square().mean()
 
     train("net", {"net": net}, loss_at, steps, folder, lr=1e-2, muon_lr=1e-2, ema=0.9, save_every=5)
     return net.state_dict()
@@ -45,26 +48,39 @@ def test_batches_show_every_example_once_an_epoch():
     assert sorted(i for batch in first for i in batch) == list(range(60)) and first != second
 
 
-def test_muon_gets_the_matrices_of_blocks_and_nothing_else():
-    block = nn.ModuleDict({"qkv": nn.Linear(4, 4), "modulation": nn.Linear(4, 4)})
+def test_muon_gets_the_matrices_and_convolutions_of_blocks_and_nothing_else():
+    block = nn.ModuleDict({"qkv": nn.Linear(4, 4), "modulation": nn.Linear(4, 4), "conv": nn.Conv2d(4, 6, 3)})
     net = nn.ModuleDict({"blocks": nn.ModuleList([block]), "out": nn.Linear(4, 2)})
     adam, muon = optimizers({"net": net}, 1e-3, 1e-2)
-    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(net["blocks"][0]["qkv"].weight)]
-    assert len(adam.param_groups[0]["params"]) == 5
+    matrix, kernel = muon.param_groups[0]["params"]
+    assert matrix is block["qkv"].weight and kernel.shape == (6, 36)
+    assert len(adam.param_groups[0]["params"]) == 6
+    before = block["conv"].weight.detach().clone()
+    for _ in range(2):  # the second step must not see the first one's gradient
+        (0.5 * block["conv"].weight.square()).sum().backward()
+        gradient = block["conv"].weight.detach().flatten(1)
+        assert torch.equal(kernel.grad, gradient)
+        muon.step()
+        net.zero_grad()
+    size = torch.linalg.svdvals((before - block["conv"].weight.detach()).flatten(1))
+    assert size.min() > 0.5 * size.max()  # Muon's step is nearly orthogonal, whatever the gradient
 
 
 def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--autoencoder-steps", "2",
-                                      "--clip-steps", "2", "--scenes", "2000", "--device", "cpu"])
+                                      "--clip-steps", "2", "--scenes", "2000", "--wrong", "0.2", "--device", "cpu"])
     script.main()
     first = tmp_path / "checkpoint"
     pictures = Pipeline.load(first)("a circle", 2, steps=2)
-    assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    assert [picture.size for picture in pictures] == [(128, 128)] * 2
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path / "more"), "--start", str(first), "--steps", "2",
-                                      "--scenes", "128", "--device", "cpu"])
+                                      "--decoder-steps", "2", "--scenes", "128", "--device", "cpu"])
     script.main()
     second = tmp_path / "more" / "checkpoint"
     same, other = ((first / part, second / part) for part in ("text_encoder/model.safetensors",
                                                               "transformer/diffusion_pytorch_model.safetensors"))
     assert same[0].read_bytes() == same[1].read_bytes() and other[0].read_bytes() != other[1].read_bytes()
+    before, after = (load_file(folder / "vae/diffusion_pytorch_model.safetensors") for folder in (first, second))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder") for name in changed)
     assert sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*")) < 20e6
