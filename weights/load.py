@@ -20,9 +20,8 @@ from mmdit.float8 import keep_in_float8
 from mmdit.meta import on_meta
 
 from . import configs
-from .detect import Part, PathLike, find_parts
+from .detect import DECODER, ENCODERS, Part, PathLike, find_parts
 from .files import DTYPES, FLOAT8, TensorEntry
-from .kinds import DECODER, ENCODERS
 from .layouts import CheckpointError
 
 

@@ -16,9 +16,8 @@ from torch import nn
 from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder, TextDecoder
 
 from . import configs
-from .detect import Part, PathLike
+from .detect import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5, Kind, Part, PathLike
 from .files import STEMS, TensorEntry
-from .kinds import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5, Kind
 from .layouts import CheckpointError
 from .load import open_part
 

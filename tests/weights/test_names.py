@@ -9,9 +9,8 @@ from sparse import MANIFESTS, shapes_of
 
 from mmdit import PRESETS, AutoencoderConfig, ClipConfig, DecoderConfig, MMDiTConfig, T5Config, on_meta
 from weights import CheckpointError, configs
-from weights.detect import recognize
+from weights.detect import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5, recognize
 from weights.files import TensorEntry
-from weights.kinds import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5
 from weights.layouts import CONV_1X1, OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, UNCHANGED, Sizes
 from weights.load import without_rest
 from weights.tables import SD3_HUB, SD3_ORIGINAL
