@@ -2,7 +2,8 @@
 
 A small version of every part of Stable Diffusion 3.5, trained one after the other on the procedural world of
 `tiny/world.py`: tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders contrastively with
-gray pictures, and last the T5 encoder jointly with the MMDiT, by flow matching. About 75 minutes on two CPU cores.
+gray pictures, and last the T5 encoder jointly with the MMDiT, by flow matching. A run that was stopped continues when
+it is started again.
 """
 
 import argparse
