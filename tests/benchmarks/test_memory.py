@@ -24,6 +24,15 @@ T5 = T5Config(vocab_size=50, hidden_size=64, head_dim=16, intermediate_size=256,
 VAE = AutoencoderConfig(channels=(32, 64))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A kernel of the CPU takes scratch of its own for every thread; what is counted here must not depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def handed_out(call):
     """The most bytes that the CPU's allocator had given away at one time, kernels' own temporaries among them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, torch.no_grad():
