@@ -203,10 +203,16 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
     an unsupported model, with its kind, FileNotFoundError for a missing one.
     """
     root = resolve(transformer if path is None else path, download=download)
-    home, found = root if root.is_dir() else root.parent, _given(transformer, autoencoder, text_encoders or ())
+    return _inspect(root, _given(transformer, autoencoder, text_encoders or ()), tokenizers, variant)
+
+
+def _inspect(root: Path, found: dict[str, Part], tokenizers: PathLike | None = None, variant: str | None = None,
+             alone: bool = False) -> Checkpoint:
+    """`inspect_checkpoint`, to which `found` are given; `alone`: of a file, without reading those around it."""
+    home = root if root.is_dir() else root.parent
     parts, refused = parts_at(root)
     main = found.get("transformer") or _main(root, parts)
-    if main and root.is_file():
+    if main and root.is_file() and not alone:
         around, refused = parts_at(home)
         parts += [part for part in around if part.path != root]
     family = main.family if main else _pipeline_family(root)
@@ -235,8 +241,8 @@ def find_parts(path: PathLike, roles: Sequence[str], component: str | None = Non
     """The networks of these roles at a path, or in the folder `component` there. Raises CheckpointError for none."""
     root = resolve(path, component)
     root = root / component if component and (root / component).is_dir() else root
-    judged = inspect_checkpoint(root)
-    parts = [part for part in judged.parts.values() if root.is_dir() or part.path == root]
+    judged = _inspect(root, {}, alone=True)
+    parts = judged.parts.values()
     if found := [part for part in parts if part.role in roles or (part.role == "clip" and "clip" in "".join(roles))]:
         return found
     refused = [str(error) for error in judged.beside.values() if isinstance(error, Exception)]
