@@ -128,6 +128,12 @@ def usual(part: "Part", found: Fields) -> Fields:
 # ---- config.json
 
 
+# What the tensors do not determine: the type, and what diffusers and transformers take where config.json says nothing.
+REST = {"num_heads": (int, None), "rope_axes": (list, [16, 56, 56]), "rope_theta": (int, 2000),
+        "norm_groups": (int, 32), "scaling": (float, None), "shift": (float, 0.0), "activation": (str, None),
+        "end_token": (int, 2), "relative_max_distance": (int, 128)}
+
+
 class HubClass(NamedTuple):
     """The config.json of one class of diffusers or transformers."""
 
@@ -135,7 +141,7 @@ class HubClass(NamedTuple):
     entries: dict[str, str]  # our field or property: the entry
     fixed: dict[str, tuple]  # entries with one meaning here: the values that are read, the first of which is written
     written: Json = {}  # other entries that from_pretrained needs
-    rest: Json | None = None  # its own instead of REST
+    rest: Json = REST  # what the tensors do not determine
 
 
 def _pairs(names: str) -> dict[str, str]:
@@ -171,7 +177,8 @@ _VAE = HubClass(AutoencoderConfig, _pairs("""channels=block_out_channels latent_
 HUB_CLASSES = {
     "FluxTransformer2DModel": HubClass(MMDiTConfig, _FLUX, {"patch_size": (1, None)}),
     "Flux2Transformer2DModel": HubClass(
-        MMDiTConfig, _FLUX2, {"patch_size": (1, None), "eps": (1e-6, None), "timestep_guidance_channels": (256, None)}),
+        MMDiTConfig, _FLUX2, {"patch_size": (1, None), "eps": (1e-6, None), "timestep_guidance_channels": (256, None)},
+        rest=REST | {"rope_axes": (list, [32] * 4)}),
     "SD3Transformer2DModel": HubClass(
         MMDiTConfig, _TRANSFORMER | _pairs("""latent_channels=in_channels patch_size hidden_size=caption_projection_dim
         position_table_size=pos_embed_max_size dual_attention_blocks=dual_attention_layers"""),
@@ -191,11 +198,6 @@ HUB_CLASSES = {
     "MistralModel": _DECODER._replace(written={**_DECODER.written, "model_type": "mistral"}),
     "Qwen3ForCausalLM": _DECODER, "MistralForCausalLM": _DECODER, "Mistral3ForConditionalGeneration": _DECODER,
 }
-
-# What the tensors do not determine: the type, and what diffusers and transformers take where config.json says nothing.
-REST = {"num_heads": (int, None), "rope_axes": (list, [16, 56, 56]), "rope_theta": (int, 2000),
-        "norm_groups": (int, 32), "scaling": (float, None), "shift": (float, 0.0), "activation": (str, None),
-        "end_token": (int, 2), "relative_max_distance": (int, 128)}
 
 
 def find_config(part: "Part", given: Config | None, family: str | None) -> Config:
@@ -229,9 +231,7 @@ def find_config(part: "Part", given: Config | None, family: str | None) -> Confi
                                   "model")
     if "projection_dim" in known.entries and found["projection_dim"] is None:
         raise CheckpointError(f"the tensors hold no projection, which a {name} has: download them again")
-    if known.entries is _FLUX2 and hub.get("axes_dims_rope") is None:  # not FLUX.1's
-        hub = {**hub, "axes_dims_rope": [32] * 4}
-    asked = known.rest or REST
+    asked = known.rest
     stated = {our: hub.get(key) for our, key in known.entries.items() if our in asked and our not in found}
     rest = {our: asked[our][1] if value is None else value for our, value in stated.items()}
     for our, value in rest.items():
