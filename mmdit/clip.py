@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .layers import MLP, check_vocabulary
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -75,19 +77,6 @@ class ClipAttention(nn.Module):
         return self.out(rearrange(x, "b h n k -> b n (h k)"))
 
 
-class ClipMLP(nn.Module):
-    """Two linear layers with the config's activation between them, (b, n, d) -> (b, n, d)."""
-
-    def __init__(self, config: ClipConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.in_layer = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.out_layer = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(self.activation(self.in_layer(x)))
-
-
 class ClipLayer(nn.Module):
     """A pre-norm transformer layer, (b, n, d) -> (b, n, d)."""
 
@@ -96,7 +85,7 @@ class ClipLayer(nn.Module):
         self.norm_1 = nn.LayerNorm(config.hidden_size, eps=1e-5)
         self.attention = ClipAttention(config.hidden_size, config.num_heads)
         self.norm_2 = nn.LayerNorm(config.hidden_size, eps=1e-5)
-        self.mlp = ClipMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_size, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -148,12 +137,7 @@ class ClipTextEncoder(nn.Module):
                 f"CLIP got {ids.shape[1]} tokens a prompt but has {config.max_positions} positions: "
                 f"tokenize with length={config.max_positions}"
             )
-        low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"CLIP ids must lie in [0, {config.vocab_size - 1}], found {low if low < 0 else high}: "
-                "use the tokenizer of the same checkpoint"
-            )
+        check_vocabulary(ids, config.vocab_size, "CLIP")
         without_end = (ids != config.end_token).all(dim=1).nonzero().flatten().tolist()
         if without_end:
             raise ValueError(

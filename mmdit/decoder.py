@@ -12,6 +12,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .layers import GatedMLP, check_vocabulary
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -76,19 +78,6 @@ class DecoderAttention(nn.Module):
         return self.out(rearrange(x, "b h n k -> b n (h k)"))
 
 
-class DecoderMLP(nn.Module):
-    """out(silu(gate(x)) · value(x)), (b, n, d) -> (b, n, d)."""
-
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.gate(x)) * self.value(x))
-
-
 class DecoderLayer(nn.Module):
     """A pre-norm transformer layer, (b, n, d) -> (b, n, d)."""
 
@@ -97,7 +86,7 @@ class DecoderLayer(nn.Module):
         self.norm_1 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = DecoderAttention(config)
         self.norm_2 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = DecoderMLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
 
     def forward(self, x: Tensor, rotation: Tensor, visible: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x), rotation, visible)
@@ -139,10 +128,7 @@ class TextDecoder(nn.Module):
         if ids.ndim != 2 or 0 in ids.shape or (mask is not None and mask.shape != ids.shape):
             raise ValueError("the decoder expects ids, and a mask if there is padding, of shape (batch, tokens), not "
                              f"{' and '.join(str(tuple(x.shape)) for x in (ids, mask) if x is not None)}")
-        low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"the decoder's ids must lie in [0, {self.config.vocab_size - 1}], found "
-                             f"{low if low < 0 else high}: use the tokenizer of the same checkpoint")
+        check_vocabulary(ids, self.config.vocab_size, "the decoder's")
 
 
 def visibility(mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The small parts that every block shares: MLP, timestep features, modulation."""
+"""The small parts that blocks share: MLPs, timestep features, modulation; and a check of the text encoders."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ class SwiGLU(nn.Module):
 class MLP(nn.Module):
     """Linear, activation, linear: (…, inputs) → (…, outputs). A gated activation halves what it reads."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, activation: nn.Module, bias: bool = True):
+    def __init__(self, inputs: int, hidden: int, outputs: int, activation: Callable[[Tensor], Tensor],
+                 bias: bool = True):
         super().__init__()
         self.in_layer = nn.Linear(inputs, 2 * hidden if isinstance(activation, SwiGLU) else hidden, bias)
         self.activation = activation
@@ -27,6 +29,28 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(self.activation(self.in_layer(x)))
+
+
+class GatedMLP(nn.Module):
+    """out(activation(gate(x)) · value(x)) without biases (T5, Qwen3, Mistral): (…, d) → (…, d)."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.value = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.activation(self.gate(x)) * self.value(x))
+
+
+def check_vocabulary(ids: Tensor, size: int, whose: str) -> None:
+    """Raises ValueError for token ids outside [0, size)."""
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= size:
+        raise ValueError(f"{whose} ids must lie in [0, {size - 1}], found {low if low < 0 else high}: use the "
+                         "tokenizer of the same checkpoint")
 
 
 def timestep_features(sigma: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:

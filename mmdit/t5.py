@@ -6,11 +6,14 @@ in its version 1.1 (gated MLP). Letters: b batch, n tokens, d width, h heads, k 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layers import GatedMLP, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,6 @@ class T5Attention(nn.Module):
         return self.out(rearrange(x, "b h n k -> b n (h k)"))
 
 
-class T5MLP(nn.Module):
-    """out(gelu(gate(x)) · value(x)), with the tanh form of GELU, (b, n, d) -> (b, n, d)."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.gate(x), approximate="tanh") * self.value(x))
-
-
 class T5Layer(nn.Module):
     """A pre-norm transformer layer, (b, n, d) -> (b, n, d)."""
 
@@ -81,7 +71,7 @@ class T5Layer(nn.Module):
         self.norm_1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.attention = T5Attention(config)
         self.norm_2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.mlp = T5MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, partial(F.gelu, approximate="tanh"))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x), bias)
@@ -127,12 +117,7 @@ class T5Encoder(nn.Module):
             raise ValueError("T5's parameters are float16, in which it overflows: use bfloat16 or float32")
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"T5 expects ids of shape (batch, tokens), not {tuple(ids.shape)}")
-        low, high = ids.min().item(), ids.max().item()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"T5 ids must lie in [0, {self.config.vocab_size - 1}], found {low if low < 0 else high}: "
-                "use the tokenizer of the same checkpoint"
-            )
+        check_vocabulary(ids, self.config.vocab_size, "T5")
 
 
 def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:

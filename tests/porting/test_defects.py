@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import mmdit.attention
 import mmdit.blocks
 import mmdit.clip
+import mmdit.layers
 import mmdit.model
 import mmdit.t5
 import porting.recording
@@ -216,7 +217,7 @@ DEFECTS = {
         lambda it: it.functional(mmdit.clip, scaled_dot_product_attention=lambda q, k, v, is_causal: SDPA(q, k, v)),
         "clip_l.penultimate", "no causal mask"),
     "CLIP-G's activation": (
-        lambda it: for_all(it.clips[1:], mmdit.clip.ClipMLP, "activation", mmdit.clip.quick_gelu),
+        lambda it: for_all(it.clips[1:], mmdit.layers.MLP, "activation", mmdit.clip.quick_gelu),
         "clip_g.penultimate", "the activation"),
     "CLIP's eps": (lambda it: for_all(it.clips, nn.LayerNorm, "eps", 1e-6), "clip_l.penultimate", "eps (1e-5)"),
     "CLIP pooled at another token": (
@@ -226,8 +227,9 @@ DEFECTS = {
         lambda it: it.functional(mmdit.t5, scaled_dot_product_attention=lambda q, k, v, attn_mask, scale:
                                  SDPA(q, k, v, attn_mask=attn_mask)),
         "t5.states", "T5 does not divide"),
-    "exact GELU in T5": (lambda it: it.functional(mmdit.t5, gelu=lambda x, approximate: F.gelu(x)), "t5.states",
-                         "exact GELU"),
+    "exact GELU in T5": (
+        lambda it: for_all([it.pipeline.text.t5[1].module], mmdit.layers.GatedMLP, "activation", F.gelu),
+        "t5.states", "exact GELU"),
     "CLIPs in the other order": (clips_swapped, "context", "the CLIPs in the other order"),
     "other noise": (lambda it: setattr(it, "run", replace(it.run, seed=1)), "noise", "take the kit's"),
     "σ for 1000 σ": (rescaled, "time_in.in", FOUND + "σ for 1000 σ"),
