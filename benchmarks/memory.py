@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, T5Config, T5Encoder
-from mmdit.float8 import keep_in_float8
+from mmdit.float8 import keep_in_float8, may_stay_float8
 from mmdit.meta import on_meta
 from repulsion import Repulsion
 from sampler.conditioning import T5_LIMIT
@@ -57,7 +57,7 @@ def build(network: type[nn.Module], config: object, float8: bool = False, stream
     for each tensor there, and are copied to the meta device when they run."""
     model = on_meta(network, config).to(DTYPE)
     for name, layer in list(model.named_modules()):
-        if float8 and isinstance(layer, nn.Linear) and ("blocks." in name or "layers." in name):  # as the loader
+        if float8 and may_stay_float8(name, layer):
             kept = keep_in_float8(layer, torch.float8_e4m3fn, scaled=False)
             kept.bias = layer.bias
             model.set_submodule(name, kept)

@@ -35,6 +35,12 @@ class Float8Modulation(Modulation, Float8Linear):
         self.parts = outputs // inputs
 
 
+def may_stay_float8(name: str, layer: nn.Module) -> bool:
+    """Whether the weights of a network's module `name` may stay in float8: those of linear layers inside blocks. The
+    others are few, and the model computes in their dtype."""
+    return isinstance(layer, nn.Linear) and ("blocks." in name or "layers." in name)
+
+
 def keep_in_float8(layer: nn.Linear, dtype: torch.dtype, scaled: bool) -> Float8Linear:
     """A layer of the same sizes, on the meta device, for weights that stay in the float8 `dtype`."""
     kind = Float8Modulation if isinstance(layer, Modulation) else Float8Linear

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mmdit
-from mmdit.float8 import keep_in_float8
+from mmdit.float8 import keep_in_float8, may_stay_float8
 from mmdit.meta import on_meta
 
 from . import configs
@@ -100,9 +100,7 @@ class Stored:
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
             layer, target = model.get_submodule(owner), dtype or _joint_dtype(parts)
             float8 = {part.dtype for part in parts} == {parts[0].dtype} <= {*FLOAT8} and ending == "weight"
-            # layers outside of blocks are widened: they are small, and the model computes in their dtype
-            inside = isinstance(layer, nn.Linear) and ("blocks." in name or "layers." in name)
-            if float8 and inside and (keep_float8 or dtype is None):
+            if float8 and may_stay_float8(owner, layer) and (keep_float8 or dtype is None):
                 target = DTYPES[parts[0].dtype]
                 if scaled := any(part.scale for part in parts):
                     state[f"{owner}.scale"] = transform.read(
