@@ -60,17 +60,6 @@ class ChatTokenizer(PromptTokenizer):
         mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
         return mask.flip(1) if self.pads_left else mask
 
-    def count(self, prompt: str) -> int:
-        """How many tokens the prompt has before truncation, the template's among them."""
-        return len(self._encode(prompt))
-
-    def _rows(self, prompts: list[str], length: int) -> list[list[int]]:
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"A tokenizer expects a list of at least one prompt, not {prompts!r}")
-        if length < 1:
-            raise ValueError(f"length must be at least 1, not {length}")
-        return [self._encode(prompt)[:length] for prompt in prompts]
-
     def _encode(self, prompt: str) -> list[int]:
         return super()._encode(self.before + prompt + self.after if isinstance(prompt, str) else prompt)
 

@@ -1,6 +1,5 @@
 """Prompts to token ids: `tokenizers` encodes with a `tokenizer.json`, which goes first in a folder, or with CLIP's
-`vocab.json` and `merges.txt`; `sentencepiece` with T5's `spiece.model`.
-"""
+`vocab.json` and `merges.txt`; `sentencepiece` with T5's `spiece.model`."""
 
 import json
 from collections.abc import Iterator
@@ -21,25 +20,29 @@ CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\
 
 
 class PromptTokenizer:
-    """What the tokenizers share: the ids `start_token` (None for T5), `end_token` and `pad_token`, the number of ids
-    `vocab_size`, the default number of tokens `length`, and the encoding of prompts."""
+    """What the tokenizers share: the ids `start_token`, `end_token` (None where there is none) and `pad_token`, the
+    number of ids `vocab_size`, the default number of tokens `length`, and the encoding of prompts."""
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Token ids (b, length), int64: start token, text, end token, padding; longer text is truncated.
 
         Raises ValueError where prompts are not a list of strings, or the length leaves no room for start and end.
         """
-        length = self.length if length is None else length
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"A tokenizer expects a list of at least one prompt, not {prompts!r}")
-        if length < (least := 1 if self.start_token is None else 2):
-            raise ValueError(f"length must be at least {least}, for the tokens at start and end, not {length}")
-        rows = [self._encode(prompt)[: length - 1] + [self.end_token] for prompt in prompts]
+        rows = self._rows(prompts, length := self.length if length is None else length)
         return torch.tensor([row + [self.pad_token] * (length - len(row)) for row in rows])
 
     def count(self, prompt: str) -> int:
-        """How many tokens the prompt has before truncation, the start and the end token among them."""
-        return len(self._encode(prompt)) + 1
+        """How many tokens the prompt has before truncation, those at its start and end among them."""
+        return len(self._encode(prompt)) + (self.end_token is not None)
+
+    def _rows(self, prompts: list[str], length: int) -> list[list[int]]:
+        end = [] if self.end_token is None else [self.end_token]
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"A tokenizer expects a list of at least one prompt, not {prompts!r}")
+        if length < (least := 1 if self.start_token is None else 2):
+            why = ", for the tokens at start and end" * len(end)
+            raise ValueError(f"length must be at least {least}{why}, not {length}")
+        return [self._encode(prompt)[: length - len(end)] + end for prompt in prompts]
 
     def _encode(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -73,11 +76,8 @@ class T5Tokenizer(PromptTokenizer):
     """T5's tokenizer: SentencePiece's most likely split of the text into pieces (unigram model).
 
     `path` is a folder with `tokenizer.json` or `spiece.model`, or one of these files. The files beside it give the
-    default length (512 without them).
-
-    The ids are transformers' from a tokenizer.json, SentencePiece's from a spiece.model. They differ where a prompt has
-    a special token's name ("</s>", "<extra_id_0>": text to SentencePiece), the space U+0085 (none to SentencePiece), or
-    an accent or joiner after a character that T5's table replaces (dropped by transformers).
+    default length (512 without them). The ids are transformers' from a tokenizer.json, SentencePiece's from a
+    spiece.model; docs/checkpoints.md says where they differ.
     Raises FileNotFoundError for a missing file, ValueError for a damaged one and for CLIP's.
     """
 
