@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -24,25 +25,28 @@ from safetensors.torch import load_file
 
 from weights import load_transformer
 
-MANIFESTS = Path(__file__).parents[1] / "tests" / "data" / "manifests.json.gz"
-ROWS = {  # name: manifest, dtype of matrices in the file, where it is stored, options of loading
+MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "tests/data/manifests.json.gz").read_bytes()))
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8}
+ROWS = {  # name: manifest, dtype in the file, where it is stored, options of loading
     "SD3-medium, original": ("sai/sd3_medium", "F16", "sd3_medium.safetensors", {}),
     "SD3-medium, hub": ("diffusers/sd3-medium.transformer", "F16", "hub/diffusion_pytorch_model.safetensors", {}),
     "SD3-medium, original, to bfloat16": ("sai/sd3_medium", "F16", "sd3_medium.safetensors", {"dtype": "bfloat16"}),
-    "SD3-medium, float8 kept": ("sai/sd3_medium", "F8_E4M3", "sd3_medium_fp8.safetensors", {}),
+    "SD3-medium, float8 kept": ("sai/sd3_medium", lambda name, shape: "F8_E4M3" if len(shape) == 2 else "F16",
+                                "sd3_medium_fp8.safetensors", {}),
     "FLUX.1-dev, original": ("bfl/flux1-dev", "BF16", "flux1-dev.safetensors", {}),
 }
 
 
-def sparse_file(path: Path, shapes: dict[str, list[int]], matrices: str) -> Path:
-    """A header, and after it as many bytes as it promises, none of which is written."""
-    header, end = {}, 0
+def sparse_file(path: Path, shapes: dict[str, Sequence[int]], dtype: str | Callable = "BF16") -> Path:
+    """A safetensors file of full size that takes no room: a true header, and after it as many bytes as it promises,
+    none of which is written. `dtype` is a name of the library's, or a function of a tensor's name and shape."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        dtype = "F16" if matrices == "F8_E4M3" and len(shape) != 2 else matrices
-        start, end = end, end + prod(shape) * (1 if dtype == "F8_E4M3" else 2)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        word = dtype if isinstance(dtype, str) else dtype(name, shape)
+        start, end = end, end + prod(shape) * BYTES[word]
+        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * (-len(head) % 8)  # as the library writes it, so that all numbers are aligned
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(len(head).to_bytes(8, "little") + head)
     os.truncate(path, 8 + len(head) + end)
@@ -89,10 +93,9 @@ def main() -> None:
         print(json.dumps(measure(*json.loads(args.one))))
         return
     print("| transformer | s | safetensors, s | ratio | own memory, MB | safetensors', MB |\n|---|---|---|---|---|---|")
-    manifests = json.loads(gzip.decompress(MANIFESTS.read_bytes()))
     with tempfile.TemporaryDirectory() as folder:
-        for row, (manifest, matrices, name, options) in ROWS.items():
-            path = str(sparse_file(Path(folder) / name, manifests[manifest]["tensors"], matrices))
+        for row, (manifest, dtype, name, options) in ROWS.items():
+            path = str(sparse_file(Path(folder) / name, MANIFESTS[manifest]["tensors"], dtype))
             runs = {who: [] for who in ("ours", "library")}
             for i in range(args.runs + 1):
                 for who, found in runs.items():

@@ -54,6 +54,13 @@ def inputs_for(config, batch=3, height=6, width=8, dtype=torch.float64):
 # ---- invariants
 
 
+def check_that_inputs_matter(model, inputs):
+    velocity = model(**inputs)
+    for name in inputs:
+        changed = model(**inputs | {name: inputs[name].flip(0)})
+        assert all(difference(changed[i], velocity[i]) > 1e-3 for i in (0, 2)), name
+
+
 @both_families
 def test_samples_do_not_depend_on_each_other(config):
     model, inputs = model_of(config), inputs_for(config)
@@ -89,11 +96,7 @@ def test_patches_have_a_position(config):
 
 @pytest.mark.parametrize("config", [ROPE, TABLE, GUIDED], ids=["rope", "table", "guided"])
 def test_every_input_matters(config):
-    model, inputs = model_of(config), inputs_for(config)
-    velocity = model(**inputs)
-    for name in inputs:
-        changed = model(**inputs | {name: inputs[name].flip(0)})
-        assert all(difference(changed[i], velocity[i]) > 1e-3 for i in (0, 2)), name
+    check_that_inputs_matter(model_of(config), inputs_for(config))
 
 
 @both_families

@@ -1,34 +1,13 @@
 """Files of full size that take no room: a true header before numbers that were never written, so all zeros."""
 
-import gzip
 import json
-import os
-from math import prod
-from pathlib import Path
 
-MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "manifests.json.gz").read_bytes()))
-BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8}
+from benchmarks.loading import MANIFESTS, sparse_file
 
 
 def shapes_of(manifest, prefix=""):
     """The names, with a prefix before them, and shapes of a public file."""
     return {prefix + name: tuple(shape) for name, shape in MANIFESTS[manifest]["tensors"].items()}
-
-
-def sparse_file(path, tensors, dtype="BF16"):
-    """A safetensors file of `tensors`, name to shape. `dtype` is safetensors' word, or a function of name and shape."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in tensors.items():
-        word = dtype if isinstance(dtype, str) else dtype(name, shape)
-        end = offset + prod(shape) * BYTES[word]
-        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # as the library writes it, so that all numbers are aligned
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(len(head).to_bytes(8, "little") + head)
-    os.truncate(path, 8 + len(head) + offset)
-    return path
 
 
 def sparse_hub_folder(path, family, transformer):
