@@ -54,8 +54,8 @@ class ContextInterpolation:
     alphas: tuple[float, ...]
     where: Repulsion
 
-    def acts_at(self, step: int) -> bool:
-        return self.where.acts_at(step)
+    def acts_at(self, step: int, sigma: float) -> bool:
+        return self.where.acts_at(step, sigma)
 
     def check_blocks(self, num_blocks: int) -> None:
         self.where.check_blocks(num_blocks)

@@ -121,6 +121,7 @@ PRESETS: dict[str, MMDiTConfig] = {
                          guidance_embedding=True),
     "flux2-klein-base-9b": _KLEIN_9B,
     "flux2-klein-9b": _KLEIN_9B,
+    "flux2-klein-9b-kv": _KLEIN_9B,
     "flux2-klein-base-4b": _FLUX2,
     "flux2-klein-4b": _FLUX2,
     "sd3-medium": replace(_SD3, qk_norm=False),

@@ -46,6 +46,11 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.head_dim {self.head_dim} is odd: rotary positions turn pairs of numbers")
 
     @property
+    def context_dim(self) -> int:
+        """Width of the context: of all layers that are read, side by side."""
+        return len(self.layers) * self.hidden_size
+
+    @property
     def num_layers(self) -> int:
         """The layers that are built: none behind the last one that is read."""
         return self.layers[-1]

@@ -23,6 +23,7 @@ class Repulsion:
     iterations: M, the number of gradient steps that one push consists of
     steps: τ, repel in that many of the first denoising steps,
     start: after leaving out so many at the beginning (0: none, the paper)
+    until: σ in [0, 1], instead of steps: repel in the steps whose noise level is at least this
     blocks: "all", a third of them ("first", "middle", "last"), or their indices (dual-stream blocks come first)
     branches: with classifier-free guidance push "all" branches, each a group of its own (the paper), or the
     "conditional" one alone, which is the last group
@@ -46,6 +47,7 @@ class Repulsion:
     objective: Literal["vendi", "dpp", "rke", "cosine", "spread"] = "vendi"
     kernel_reg: float = 1e-4
     solver: Literal["gram", "autograd"] = "gram"
+    until: float | None = None
 
     def __post_init__(self):
         named = isinstance(self.blocks, str)
@@ -58,10 +60,14 @@ class Repulsion:
         for field, values in (("steps", (self.steps,)), ("start", (self.start,)), ("blocks", blocks)):
             if any(not isinstance(value, int) or value < 0 for value in values):
                 raise ValueError(f"repulsion {field} must be whole numbers from 0 on, got {getattr(self, field)}")
+        if self.until is not None and not (0 <= self.until <= 1 and self.steps == 1):
+            raise ValueError(f"repulsion until must be a noise level from 0 to 1, without steps, got {self.until} and "
+                             f"steps {self.steps}")
 
-    def acts_at(self, step: int) -> bool:
-        """Whether denoising step number `step`, from 0, repels."""
-        return self.start <= step < self.start + self.steps
+    def acts_at(self, step: int, sigma: float) -> bool:
+        """Whether denoising step number `step`, from 0, at noise level `sigma`, repels."""
+        early = step < self.start + self.steps if self.until is None else sigma >= self.until
+        return self.start <= step and early
 
     def acts_in(self, block: int, num_blocks: int) -> bool:
         """Whether block number `block` of `num_blocks` repels."""

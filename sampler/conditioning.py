@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit import ClipTokenizer, T5Tokenizer
+from mmdit import ClipTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
 from mmdit.clip import ClipOutput
+from weights import Checkpoint, read_tekken
 
 from .parts import Part, finite
 
@@ -17,7 +18,7 @@ T5_LIMIT = {"flux": 512, "sd3": 256}  # tokens; FLUX.1-schnell's 256 is given by
 
 @dataclass
 class TextEncoders:
-    """The tokenizers and text encoders of a checkpoint, in the order of its folder.
+    """The tokenizers and text encoders of FLUX.1 or SD3, in the order of the checkpoint's folder.
 
     FLUX.1: CLIP-L and T5. SD3: CLIP-L, CLIP-G and T5, which may be missing (its tokens are then zeros).
     """
@@ -69,6 +70,47 @@ class TextEncoders:
             whole = [length[2] for length in lengths if length not in cut][-1]
             message = f"{name} reads only {limit} of the prompt's {count} tokens; {whole} reads them all"
             warnings.warn(message, stacklevel=3)
+
+
+@dataclass
+class ChatEncoder:
+    """FLUX.2's tokenizer and text encoder: a language model, to which the prompt is a message in a chat."""
+
+    tokenizer: QwenTokenizer | MistralTokenizer
+    decoder: Part
+    family = "flux2"
+
+    @torch.no_grad()
+    def __call__(self, *prompts: str) -> tuple[Tensor, None]:
+        """Each prompt by itself → context (prompts, N, context_dim), with the states of padding; no pooled vector.
+
+        Raises ValueError where the encoder returns NaN.
+        """
+        for prompt in prompts:
+            self.check_length(prompt)
+        with self.decoder.used() as decoder:
+            device = next(decoder.parameters()).device
+            context = [decoder(self.tokenizer([p]).to(device), self.tokenizer.mask([p])) for p in prompts]
+        return finite(torch.cat(context), "the text encoder"), None
+
+    def check_length(self, prompt: str) -> None:
+        """Warns where the prompt, or the template's end behind it, is truncated, as FLUX.2's programs do."""
+        if (count := self.tokenizer.count(prompt)) > self.tokenizer.length:
+            warnings.warn(f"the text encoder reads only {self.tokenizer.length} of the prompt's {count} tokens",
+                          stacklevel=3)
+
+
+def find_text_encoders(found: Checkpoint, parts: dict[str, Part], context_dim: int,
+                  t5_limit: int | None) -> TextEncoders | ChatEncoder:
+    """The text encoders among the parts of a pipeline, by role, each with the tokenizer that was found for it."""
+    files = found.tokenizers
+    if found.family == "flux2":
+        kind = QwenTokenizer if found.parts["text"].shape("layers.0.attention.norm_q.weight") else MistralTokenizer
+        file = files["text"]  # a folder, or the weights' file that holds Mistral's
+        return ChatEncoder(kind(file if file.is_dir() else read_tekken(file)), parts["text"])
+    clips = [(ClipTokenizer(files[role]), parts[role]) for role in ("clip_l", "clip_g") if role in parts]
+    t5 = (T5Tokenizer(files["t5"]), parts["t5"]) if "t5" in parts else None
+    return TextEncoders(found.family, context_dim, clips, t5, t5_limit)
 
 
 def sd3_conditioning(clips: list[ClipOutput], t5: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""What a checkpoint brings with it: its settings, and its schedule of noise levels."""
+"""What a checkpoint brings with it: its settings, its schedule of noise levels; whether its parts fit."""
+
+from collections.abc import Mapping
 
 from repulsion import Repulsion
-from weights import PUBLIC, Checkpoint, CheckpointError, Settings, read_json
+from weights import PUBLIC, Checkpoint, CheckpointError, Settings, Stored, read_json
 
 from .schedule import Schedule
 
@@ -36,3 +38,21 @@ def find_schedule(found: Checkpoint, settings: Settings, shift: float | None = N
         return Schedule.from_hub(config, found.family)
     except ValueError as error:
         raise CheckpointError(f"{found.scheduler}: {error}") from error
+
+
+WIDTHS = {  # by role: what a network makes, how many numbers wide, and the field of MMDiTConfig that says what is read
+    "autoencoder": ("latents", lambda config: config.latent_channels * config.patch_size**2, "latent_channels"),
+    "t5": ("context", lambda config: config.hidden_size, "context_dim"),
+    "text": ("context", lambda config: config.context_dim, "context_dim"),
+}
+
+
+def check_fit(stored: Mapping[str, Stored]) -> None:
+    """Raises CheckpointError for an autoencoder or a text encoder, by role, of another model than the transformer's."""
+    main = stored["transformer"]
+    for role in stored.keys() & WIDTHS.keys():
+        what, width_of, field = WIDTHS[role]
+        width, wanted = width_of(stored[role].config), getattr(main.config, field)
+        if width != wanted:
+            raise CheckpointError(f"{stored[role].part.path} makes {what} of width {width}, but the transformer "
+                                  f"{main.part.path} reads {wanted}: give the {role} that belongs to it")

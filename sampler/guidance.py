@@ -1,7 +1,7 @@
 """The velocity of a prompt: the transformer with classifier-free, distilled and skip-layer guidance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from einops import repeat
@@ -11,7 +11,8 @@ from repulsion import Repulsion
 
 from .parts import Part
 
-Condition = Callable[[int, float, int], tuple[Tensor, Tensor]]  # (samples, σ, step) → context and pooled vector
+# (samples, σ, step) → context and pooled vector, which FLUX.2 has not
+Condition = Callable[[int, float, int], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class GuidedVelocity:
     those of the prompt to be followed last
     weight: w of classifier-free guidance, v_uncond + w (v_cond − v_uncond); None without
     distilled: the guidance that a guidance-distilled model takes as an input; None for others
-    reference: (1, c, H', W'), Kontext's picture
+    references: latents (1, c, H', W') of the pictures to edit (Kontext: one, FLUX.2)
     """
 
     transformer: Part
@@ -62,7 +63,7 @@ class GuidedVelocity:
     steps: int
     weight: float | None = None
     distilled: float | None = None
-    reference: Tensor | None = None
+    references: Sequence[Tensor] = ()
     repulsion: Repulsion | None = None
     skip_layers: SkipLayerGuidance | None = None
 
@@ -73,20 +74,21 @@ class GuidedVelocity:
         those of their own branch, so that guidance amplifies what sets the branches apart and not the push.
         """
         b, groups = len(x), 2 if guided and self.weight is not None else 1
-        n = groups * b
         context, pooled = self.condition(b, sigma, step)
-        embedded = None if self.distilled is None else x.new_full((n,), self.distilled if guided else 1.0)
-        inputs = {"latent": repeat(x, "b ... -> (g b) ...", g=groups), "sigma": x.new_full((n,), sigma),
-                  "context": context[-n:], "pooled": pooled[-n:], "guidance": embedded,
-                  "reference": None if self.reference is None else self.reference.expand(n, -1, -1, -1)}
-        repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step) else None
+        repulsion = self.repulsion if self.repulsion is not None and self.repulsion.acts_at(step, sigma) else None
 
-        v = self.transformer.module(**inputs, repulsion=repulsion, groups=groups).float()
+        def inputs(n: int) -> dict:
+            """The model's, for the last n samples of all branches."""
+            embedded = None if self.distilled is None else x.new_full((n,), self.distilled if guided else 1.0)
+            return {"latent": repeat(x, "b ... -> (g b) ...", g=n // b), "sigma": x.new_full((n,), sigma),
+                    "context": context[-n:], "pooled": None if pooled is None else pooled[-n:], "guidance": embedded,
+                    "reference": [latent.expand(n, -1, -1, -1) for latent in self.references]}
+
+        v = self.transformer.module(**inputs(groups * b), repulsion=repulsion, groups=groups).float()
         conditional = v[-b:]
         if groups == 2:
             v = v[:b] + self.weight * (conditional - v[:b])
         if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
-            last = {name: None if tensor is None else tensor[-b:] for name, tensor in inputs.items()}
-            skipped = self.transformer.module(**last, repulsion=repulsion, skip_layers=self.skip_layers.layers).float()
-            v = v + self.skip_layers.scale * (conditional - skipped)
+            skipped = self.transformer.module(**inputs(b), repulsion=repulsion, skip_layers=self.skip_layers.layers)
+            v = v + self.skip_layers.scale * (conditional - skipped.float())
         return v

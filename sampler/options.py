@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--negative", metavar="PROMPT", help="prompt of the unconditional branch (default: empty)")
     p.add_argument("--height", type=int, help="pixels (default: the checkpoint's; with --image about that picture's)")
     p.add_argument("--width", type=int, help="pixels (likewise)")
-    p.add_argument("--image", type=Path, metavar="FILE", help="the picture to edit (FLUX.1-Kontext)")
-    p.add_argument("--true-guidance", type=float, metavar="W", help="FLUX.1: classifier-free guidance, with --negative")
+    p.add_argument("--image", type=Path, metavar="FILE", nargs="+", help="to edit (FLUX.1-Kontext; FLUX.2: or several)")
+    p.add_argument("--true-guidance", type=float, metavar="W", help="distilled FLUX: classifier-free, with --negative")
     p.add_argument("--skip-layers", type=indices, metavar="LIST", help="SD3.5-medium: skip-layer guidance, usually 7-9")
     p.add_argument("--skip-scale", type=float, metavar="S", help="weight of skip-layer guidance (default: 2.8)")
     r = p.add_argument_group("diversity (defaults: the checkpoint's)")
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--scale", type=float, help="η, instead of a strength: the step size, in a unit of the model")
     r.add_argument("--iterations", type=int, help="M, the number of gradient steps in one push")
     r.add_argument("--repel-steps", type=int, help="τ: repel in that many of the first denoising steps")
+    r.add_argument("--repel-until", type=float, metavar="σ", help="instead: in the steps down to this noise level")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
     r.add_argument("--branches", choices=["all", "conditional"], help="of classifier-free guidance: which are pushed")
     r.add_argument("--diversity", type=float, help=argparse.SUPPRESS)  # of earlier versions

@@ -11,26 +11,27 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
-from mmdit import Autoencoder, ClipTokenizer, MMDiT, MMDiTConfig, T5Tokenizer
+from mmdit import Autoencoder, MMDiT, MMDiTConfig
 from repulsion import Repulsion
-from weights import CheckpointError, Settings, Stored, inspect_checkpoint, open_part
+from weights import Settings, Stored, inspect_checkpoint, open_part
 
-from .conditioning import TextEncoders
-from .defaults import find_schedule, find_settings
+from .conditioning import ChatEncoder, TextEncoders, find_text_encoders
+from .defaults import check_fit, find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
-from .kontext import reference_pixels
 from .methods import Method
 from .parts import Part, finite, load_streamed
+from .references import read_references
 from .schedule import Schedule, starting_noise
 
-Encoded = tuple[tuple[Tensor, Tensor], Tensor | None]  # context and pooled of the prompts; the reference's latent
+# context and pooled vector (None in FLUX.2) of the prompts; latents of the references
+Encoded = tuple[tuple[Tensor, Tensor | None], list[Tensor]]
 
 
 class Pipeline:
     """Text encoders, transformer and autoencoder of one checkpoint, with its schedule and its defaults."""
 
-    def __init__(self, transformer: Part, autoencoder: Part, text: TextEncoders, config: MMDiTConfig, downscale: int,
-                 schedule: Schedule, defaults: Settings, dtype: torch.dtype, device: torch.device,
+    def __init__(self, transformer: Part, autoencoder: Part, text: TextEncoders | ChatEncoder, config: MMDiTConfig,
+                 downscale: int, schedule: Schedule, defaults: Settings, dtype: torch.dtype, device: torch.device,
                  files: dict[str, str]):
         self.parts = {"transformer": transformer, "autoencoder": autoencoder}
         self.text = text
@@ -50,14 +51,14 @@ class Pipeline:
 
         Files are found and checked now (`weights.inspect_checkpoint`); weights are read when a part is first used.
         `dtype` is that of all networks. The default is bfloat16 on a GPU; on the CPU, the stored dtype of each network,
-        whose tensors then stay in the mapped file (bundled checkpoints and autoencoders: float32). T5 is never
-        float16. `device` defaults to the GPU where there is one. `variant` is the public checkpoint whose settings
-        count, `shift` the schedule's. `offload`: "parts", text encoders, transformer and autoencoder are in
-        memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in the CPU's memory,
-        in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8 weights in float8
-        and widens them as they are used.
+        whose tensors then stay in the mapped file (bundled checkpoints and autoencoders: float32). T5 and FLUX.2's
+        text encoder are never float16. `device` defaults to the GPU where there is one. `variant` is the public
+        checkpoint whose settings count, `shift` the schedule's. `offload`: "parts", text encoders, transformer and
+        autoencoder are in memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in
+        the CPU's memory, in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8
+        weights in float8 and widens them as they are used.
         Raises FileNotFoundError for a part that is not there or was refused, with the reason, and
-        `weights.CheckpointError` (a ValueError) for a file of another model or one that does not fit.
+        `weights.CheckpointError` (a ValueError) for a file of another model, and for parts that do not fit together.
         """
         if offload not in (None, "parts", "blocks"):
             raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
@@ -66,11 +67,9 @@ class Pipeline:
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         found = inspect_checkpoint(name_or_path, transformer=transformer, autoencoder=autoencoder, variant=variant,
                                    text_encoders=text_encoders, tokenizers=tokenizers, download=True)
-        if found.family == "flux2":
-            raise CheckpointError(f"{found.path} is {found.variant}: FLUX.2 is not supported as a pipeline yet, its "
-                                  "transformer alone is, by weights.load_transformer")
         found.check()
         stored = {role: open_part(part, family=found.family) for role, part in found.parts.items()}
+        check_fit(stored)
         settings, free = find_settings(found), offload is not None
         main, vae = stored.pop("transformer"), stored.pop("autoencoder")
         wide = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -78,15 +77,12 @@ class Pipeline:
             dtype = wide
         load = partial(load_streamed if offload == "blocks" else Stored.load, device=device,
                        keep_float8=keep_float8 or dtype is None)
-        text = TextEncoders(found.family, main.config.context_dim, clips=[], t5_limit=settings.prompt_tokens)
+        encoders = {}
         for role, network in stored.items():
             usual = dtype or network.dtype
-            text_dtype = torch.bfloat16 if usual == torch.float16 and (dtype or role == "t5") else usual
-            part = Part(partial(load, network, dtype=text_dtype), free)
-            if role == "t5":
-                text.t5 = T5Tokenizer(found.tokenizers[role]), part
-            else:
-                text.clips.append((ClipTokenizer(found.tokenizers[role]), part))
+            narrow = usual == torch.float16 and (dtype or role in ("t5", "text"))
+            encoders[role] = Part(partial(load, network, dtype=torch.bfloat16 if narrow else usual), free)
+        text = find_text_encoders(found, encoders, main.config.context_dim, settings.prompt_tokens)
         return cls(transformer=Part(partial(load, main, dtype=dtype or main.dtype), free),
                    autoencoder=Part(partial(vae.load, dtype or wide, device), free), text=text, config=main.config,
                    downscale=vae.config.downscale, schedule=find_schedule(found, settings, shift), defaults=settings,
@@ -112,7 +108,7 @@ class Pipeline:
     @torch.no_grad()
     def __call__(self, prompt: str, images: int = 4, *, steps: int | None = None, guidance: float | None = None,
                  height: int | None = None, width: int | None = None, seed: int = 0, noise: Tensor | None = None,
-                 negative_prompt: str | None = None, image: Image.Image | None = None,
+                 negative_prompt: str | None = None, image: Image.Image | Sequence[Image.Image] | None = None,
                  true_guidance: float | None = None, skip_layer_guidance: SkipLayerGuidance | None = None,
                  repulsion: Repulsion | None = None, method: Method | None = None,
                  progress: str | None = None, encoded: Encoded | None = None,
@@ -120,51 +116,56 @@ class Pipeline:
         """A batch of pictures of one prompt, repelling each other if `repulsion` is given.
 
         steps, guidance, height and width (pixels) default to the checkpoint's. The noise of picture i depends on
-        `seed` and i alone; `noise` (images, c, height / 8, width / 8) replaces it. `negative_prompt` is
-        the prompt of the unconditional branch (default: empty). That guidance is `guidance` above 1 with SD3; with
-        FLUX.1, whose own was distilled into it, `true_guidance` above 1 and a negative prompt. `image`: the picture
-        that FLUX.1-Kontext edits, resized as the original does (see `reference_size`); height and width then default
-        to the resized picture's. `skip_layer_guidance` adds a third branch, in which some blocks are skipped
-        (SD3.5-medium). The samples of each branch repel each other, those of the third as well. `method` is another
-        way to make them differ, see `sampler.methods`, alone or beside repulsion; one that starts with more candidates
-        than pictures takes as much `noise`. `progress` names a progress bar. Without `decode` the result is the latents
-        (images, c, height / 8, width / 8), for `Pipeline.decode`, and what prompts and picture were encoded to, which
-        another call with the same ones may be given as `encoded`.
+        `seed` and i alone; `noise` (images, c, height / 8, width / 8), in FLUX.2 a sixteenth, replaces it.
+        `negative_prompt` is the prompt of the unconditional branch (default: empty). That guidance is `guidance` above
+        1 with SD3 and FLUX.2-klein-base; with other FLUX, whose own was distilled into it, `true_guidance` above 1 and
+        a negative prompt. `image`: the picture that FLUX.1-Kontext edits, or one or several for FLUX.2, resized as the
+        original programs do (see `read_references`); height and width then default to the first one's, resized.
+        `skip_layer_guidance` adds a third branch, in which some blocks are skipped (SD3.5-medium). The samples of each
+        branch repel each other, those of the third as well. `method` is another way to make them differ, see
+        `sampler.methods`, alone or beside repulsion; one that starts with more candidates than pictures takes as much
+        `noise`. `progress` names a progress bar. Without `decode` the result is the latents, in the shape of the noise,
+        for `Pipeline.decode`, and what prompts and pictures were encoded to, which another call with the same ones may
+        be given as `encoded`.
         Raises ValueError naming the argument that is wrong, or the network that returned NaN or a flat picture.
         """
         method = method or Method()  # plain sampling
         steps = self.defaults.steps if steps is None else steps
         guidance = self.defaults.guidance if guidance is None else guidance
-        self._check(prompt=prompt, images=images, image=image, skip=skip_layer_guidance)
+        pictures = [*image] if isinstance(image, (list, tuple)) else [] if image is None else [image]
+        self._check(prompt=prompt, images=images, pictures=pictures, skip=skip_layer_guidance)
         weight = self._classifier_free(guidance=guidance, true_guidance=true_guidance, negative_prompt=negative_prompt,
                                        skip=skip_layer_guidance)
         method.check(guided=weight is not None or self.config.guidance_embedding)
-        usual = self.defaults.height * self.defaults.width  # the area of its own pictures
-        pixels = None if image is None else reference_pixels(image, usual, self.multiple)
-        height, width = self._size(height, width, pixels, images)
+        pixels, size = [], (self.defaults.height, self.defaults.width)
+        if pictures:
+            pixels, size = read_references(pictures, self.text.family == "flux2", size[0] * size[1], self.multiple)
+        height, width = self._size(*(usual if side is None else side
+                                     for side, usual in zip((height, width), size, strict=True)), images)
         sigmas = self.sigmas(steps, height, width)
         draw = partial(self._noise, seed=seed, height=height, width=width, noise=noise)
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
 
-        texts, reference = encoded or (self.text(*prompts), None)
-        if pixels is not None and encoded is None:
+        texts, references = encoded or (self.text(*prompts), [])
+        if pixels and encoded is None:
             with self.parts["autoencoder"].used():  # no name here keeps it in memory afterwards
-                pixels = pixels.to(self.device, next(self.autoencoder.parameters()).dtype)
-                reference = finite(self.autoencoder.encode(pixels), "the autoencoder's encoder")
+                dtype = next(self.autoencoder.parameters()).dtype
+                references = [finite(self.autoencoder.encode(x.to(self.device, dtype)), "the autoencoder's encoder")
+                              for x in pixels]
         noise = method.noise(draw, images)
 
-        def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
-            return tuple(repeat(text, "g ... -> (g b) ...", b=samples) for text in texts)
+        def condition(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor | None]:
+            return tuple(None if text is None else repeat(text, "g ... -> (g b) ...", b=samples) for text in texts)
 
         with self.parts["transformer"].used():
             velocity = GuidedVelocity(
                 transformer=self.parts["transformer"], condition=method.condition(condition, seed), steps=steps,
-                weight=weight, distilled=guidance if self.config.guidance_embedding else None, reference=reference,
+                weight=weight, distilled=guidance if self.config.guidance_embedding else None, references=references,
                 repulsion=repulsion, skip_layers=skip_layer_guidance,
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         finite(latent, "the transformer", also=", or a lower guidance or strength")
-        return self.decode(latent) if decode else (latent, (texts, reference))
+        return self.decode(latent) if decode else (latent, (texts, references))
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
@@ -193,10 +194,8 @@ class Pipeline:
             raise ValueError(f"noise must have the shape {(images, *shape)}, got {tuple(noise.shape)}")
         return noise.to(self.device, torch.float32)
 
-    def _size(self, height: int | None, width: int | None, pixels: Tensor | None, images: int) -> tuple[int, int]:
-        """Height and width: the caller's, the reference picture's, or the checkpoint's."""
-        usual = (self.defaults.height, self.defaults.width) if pixels is None else pixels.shape[2:]
-        height, width = (wanted if side is None else side for side, wanted in zip((height, width), usual, strict=True))
+    def _size(self, height: int, width: int, images: int) -> tuple[int, int]:
+        """Height and width, checked."""
         table = self.config.position_table_size if self.config.position == "table" else None
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.multiple:
@@ -212,19 +211,20 @@ class Pipeline:
                              f"{least >> 30:,} GiB, more than this machine has: ask for fewer or smaller pictures")
         return height, width
 
-    def _check(self, prompt, images, image, skip) -> None:
+    def _check(self, prompt, images, pictures, skip) -> None:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("the prompt is empty: say what the pictures should show")
         if images < 1:
             raise ValueError(f"images must be at least 1, got {images}")
-        if image is not None and not isinstance(image, Image.Image):
-            raise ValueError(f"image must be a PIL image, got a {type(image).__name__}: open the file with PIL")
-        if image is not None and not self.defaults.edits:
+        for picture in pictures:
+            if not isinstance(picture, Image.Image):
+                raise ValueError(f"image must be a PIL image, got a {type(picture).__name__}: open the file with PIL")
+        if pictures and not self.defaults.edits:
             raise ValueError("image: this checkpoint edits no pictures: leave it out, or load FLUX.1-Kontext, which is "
-                             "recognized by kontext in the name of its file or folder, or by variant")
-        if image is not None and image.mode in ("F", "I"):
-            raise ValueError(f"image has mode {image.mode}, 32 bits a pixel, whose range of values is unknown: scale "
-                             "it to 0 … 255 and convert it to RGB")
+                             "recognized by kontext in the name of its file or folder, or by variant, or a FLUX.2 "
+                             "(of klein-9B-kv's two attentions only the one without references is there)")
+        if len(pictures) > 1 and self.text.family != "flux2":
+            raise ValueError(f"image: FLUX.1-Kontext edits one picture, got {len(pictures)}: FLUX.2 takes several")
         if skip is not None and max(skip.layers) >= self.config.num_dual_blocks:
             raise ValueError(f"skip-layer guidance skips layer {max(skip.layers)}, but this model's dual-stream blocks "
                              f"end at {self.config.num_dual_blocks - 1}")
@@ -232,25 +232,28 @@ class Pipeline:
     def _classifier_free(self, guidance, true_guidance, negative_prompt, skip) -> float | None:
         """The weight of classifier-free guidance, or None for a call without it."""
         distilled = self.config.guidance_embedding
-        flux = self.text.family == "flux" and (distilled or self.defaults.guidance is None)  # not de-distilled
+        # not so: SD3, FLUX.1 de-distilled, FLUX.2-klein-base
+        flux = self.text.family != "sd3" and (distilled or self.defaults.guidance is None)
         for name, value in (("guidance", guidance), ("true_guidance", true_guidance)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {value}")
         if distilled and guidance is None:
             raise ValueError("this checkpoint was distilled with guidance: pass a guidance scale, such as 3.5")
         if flux and not distilled and guidance is not None and guidance > 1:
-            raise ValueError(f"guidance {guidance} has no meaning for a FLUX.1 without guidance embedding: leave it "
-                             "out, or pass true_guidance and a negative_prompt")
+            raise ValueError(f"guidance {guidance} has no meaning for a distilled FLUX without guidance embedding "
+                             "(FLUX.1-schnell, FLUX.2-klein): leave it out, or pass true_guidance and a "
+                             "negative_prompt")
         if true_guidance is not None and not flux:
-            raise ValueError("true_guidance is for FLUX.1: this checkpoint's guidance is classifier-free, pass that")
+            raise ValueError("true_guidance is for distilled FLUX: this checkpoint's guidance is classifier-free, pass "
+                             "that")
         weight = true_guidance if flux else guidance
         guided = weight is not None and weight > 1
         if guided and flux and negative_prompt is None:
             raise ValueError('true_guidance needs a negative_prompt: pass one, or "" for nothing')
         for name, value in (("negative_prompt", negative_prompt), ("skip_layer_guidance", skip)):
             if value is not None and not guided:
-                raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with FLUX.1 a "
-                                 "true_guidance above 1")
+                raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with a "
+                                 "distilled FLUX a true_guidance above 1")
         return weight if guided else None
 
 

@@ -27,11 +27,14 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion |
     if args.diversity is not None:
         raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
                          "the tokens, for example --strength 1")
-    given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "blocks": args.blocks,
-            "branches": args.branches, "strength": args.strength if args.method == "repulsion" else None}
+    given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "until": args.repel_until,
+             "blocks": args.blocks, "branches": args.branches,
+             "strength": args.strength if args.method == "repulsion" else None}
     given = {name: value for name, value in given.items() if value is not None}
     if args.method != "repulsion" and not given:
         return None
+    if "until" in given or "steps" in given:  # instead of the checkpoint's
+        given = {"until": None, "steps": 1, **given}
     if "strength" in given or "scale" in given:
         return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
     if default is None:
@@ -80,7 +83,7 @@ def open_picture(file: Path) -> Image.Image:
 
 def run(args: argparse.Namespace) -> None:
     """Claims the folder, paints the batches, writes them, prints what is in them."""
-    image = None if args.image is None else open_picture(args.image)
+    image = None if args.image is None else [open_picture(file) for file in args.image]
     skip, other = skip_layer_guidance(args), method(args)
     target = args.out or Path("outputs") / output.folder_name(args.prompt)
     with whole_folder(target, args.overwrite, numbered=args.out is None) as claim:
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         width, height = next(iter(pictures.values()))[0].size
         about = {"model": name_of(args), "prompt": args.prompt, "images": args.images,
                  **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
-                 "height": height, "width": width, "image": args.image and str(args.image),
+                 "height": height, "width": width, "image": args.image and [str(file) for file in args.image],
                  "skip_layer_guidance": None if skip is None else asdict(skip)}
         if stopped is not None:
             why = f"{type(stopped).__name__}: {stopped}"

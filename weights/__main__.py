@@ -32,7 +32,7 @@ def describe(part: Part, family: str | None, check: bool) -> dict[str, object]:
     """One network: location, storage format, size, and why it cannot be loaded, if so."""
     stored = sorted(part.entries.items(), key=lambda item: -item[1].nbytes)  # the largest tensor's dtype first
     dtypes = Counter(f"{entry.dtype} scaled" if entry.scale else entry.dtype for _, entry in stored)
-    both = [entry for _, whole in stored for entry in (whole, whole.scale) if entry]
+    both = [entry for _, whole in stored for entry in (whole, whole.scale, whole.scale and whole.scale.scale) if entry]
     try:
         problem = open_part(part, family=family) and ""
     except ValueError as error:

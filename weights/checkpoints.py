@@ -49,8 +49,9 @@ class Public(NamedTuple):
 
 _FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η where it reports its figures
 _LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
-_FLUX2 = Settings(50, 4.0, edits=True)  # without repulsion, which nobody has measured on FLUX.2 yet
-_KLEIN = replace(_FLUX2, steps=4, guidance=None)
+_FLUX2 = Settings(50, 4.0, edits=True)
+# not measured on the real weights: docs/checkpoints.md says why these settings
+_KLEIN = replace(_FLUX2, steps=4, guidance=None, repulsion=Repulsion(strength=1.0, until=0.95))
 
 PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # of several with one transformer's sizes, the first whose names match counts; the last where none does
@@ -67,6 +68,8 @@ PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # klein is distilled from a base of the same sizes
     "flux2-klein-base-9b": ("black-forest-labs/FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors",
                             r"klein.*base|base.*klein", _FLUX2),
+    "flux2-klein-9b-kv": ("black-forest-labs/FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", r"klein.*kv",
+                          replace(_KLEIN, edits=False)),  # it reads references with an attention that is not here
     "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-9B", "flux-2-klein-9b.safetensors", r"klein", _KLEIN),
     "flux2-klein-base-4b": ("black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors",
                             r"klein.*base|base.*klein", _FLUX2),
@@ -116,6 +119,8 @@ def told(main: "Part | None", given: str | None, index: configs.Json) -> tuple[s
     alike = alike or [name for name, row in PUBLIC.items() if build(vars(row.config))[:2] == build(fields)[:2]]
     if "is_distilled" in index:  # klein's pipelines say it
         alike = [name for name in alike if ("-base" in name) != index["is_distilled"]] or alike
+    if "Klein" in (name := str(index.get("_class_name"))):
+        alike = [row for row in alike if row.endswith("-kv") == ("KV" in name)] or alike
     sizes = "" if exact else ", sizes of its own"
     named = given or told_by_name(alike, main.path)
     how = "as given" if given else "by its name" if named else "assumed: its name does not tell"

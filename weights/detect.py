@@ -46,7 +46,6 @@ ENCODERS = ("text", "clip_l", "clip_g", "clip", "t5")
 FOREIGN = {
     r"lora|dora_|hada_w|lokr_w": "a LoRA, a small change to a model",
     r"(^|\.)controlnet_|(^|\.)input_hint_block|^control_model\.": "a ControlNet, not the model that it controls",
-    r"\.weight_scale_2$": "quantized to 4 bits (nvfp4), where float8 or wider is supported",
     r"\.(absmax|quant_map|qweight|SCB)$|\.bitsandbytes__": "quantized to 4 or 8 bits (such as bitsandbytes' NF4)",
     r"^redux_(up|down)\.": "FLUX.1-Redux, an adapter for image prompts",
     r"distilled_guidance_layer": "Chroma, a FLUX.1 without modulation layers",
@@ -174,7 +173,7 @@ class Checkpoint:
     variant: str | None  # the public checkpoint that it is taken for
     told: str  # how the variant is known
     parts: dict[str, Part]  # by role
-    tokenizers: dict[str, Path]  # folders by role of the text encoder
+    tokenizers: dict[str, Path]  # folders by role of the text encoder; or a file of weights that holds Mistral's
     scheduler: Path | None  # scheduler_config.json
     missing: dict[str, str]  # what a pipeline of the family lacks: where the public checkpoints have it
     beside: dict[Path, Exception | str]  # other weight files there: why each was refused, or what it holds
@@ -226,6 +225,8 @@ def _inspect(root: Path, found: dict[str, Part], tokenizers: PathLike | None = N
     folder = home if tokenizers is None else resolve(tokenizers)
     spell = {role.removeprefix("tokenizer of "): folder / where.split("/")[0] for role, where in wanted.items()
              if role.startswith("tokenizer") and (folder / where.split("/")[0]).is_dir()}
+    if "text" in found and "text" not in spell and (file := found["text"].path).is_file():
+        spell |= {"text": file} if any("tekken_model" in name for name in list_tensors(file)) else {}  # ComfyUI's
     used, is_hub = {part.path for part in found.values()}, (home / "model_index.json").is_file()
     have = {*found, *(f"tokenizer of {role}" for role in spell)}
     if is_hub and (cut := lacking(home)):
@@ -275,7 +276,8 @@ def _pipeline_family(folder: Path) -> str | None:
     """The family that a folder's model_index.json names. Raises CheckpointError for another pipeline's."""
     name = (read_json(folder / "model_index.json") or {}).get("_class_name")
     family = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux", "Flux2Pipeline": "flux2",
-              "Flux2KleinPipeline": "flux2", "StableDiffusion3Pipeline": "sd3"}.get(str(name))
+              "Flux2KleinPipeline": "flux2", "Flux2KleinKVPipeline": "flux2",
+              "StableDiffusion3Pipeline": "sd3"}.get(str(name))
     if name and not family:
         raise CheckpointError(f"{folder} is a {name!s:.60}, not FLUX.1, FLUX.2 or SD3: give a folder of one of these")
     return family

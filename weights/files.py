@@ -17,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoints import BUNDLED
 from .layouts import CheckpointError
+from .nvfp4 import BLOCK, scales_shape
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # supported dtypes by safetensors' names
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+NVFP4 = "NVFP4"  # of an entry whose numbers are two a byte, with two scales; see `weights.nvfp4`
 SUFFIXES = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # how the hub names weight files: diffusers', transformers'
@@ -41,7 +43,7 @@ class TensorEntry(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    scale: "TensorEntry | None" = None  # for float8: the factor, or one factor per row, of the numbers
+    scale: "TensorEntry | None" = None  # float8: the factor, or one a row, of the numbers; NVFP4: one a block
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +135,22 @@ def _attach_scales(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
                 raise CheckpointError(f"{scale.file}: tensor {name} is {scale.dtype} of shape {scale.shape}, expected "
                                       f"one scale for {weight.name}, or one for each of its rows: use another release")
             found[weight.name] = weight._replace(scale=found.pop(name))
+    for name in [name for name in found if name.endswith(".weight_scale_2")]:
+        matrix = _nvfp4(*(found.pop(name.removesuffix("weight_scale_2") + ending, None)
+                          for ending in ("weight", "weight_scale", "weight_scale_2")))
+        found[matrix.name] = matrix
     return found
+
+
+def _nvfp4(packed: TensorEntry | None, scales: TensorEntry | None, scale: TensorEntry) -> TensorEntry:
+    """The entry of a matrix that is stored in three tensors; see `weights.nvfp4`."""
+    about = [(entry.dtype, *entry.shape) for entry in (packed, scales, scale) if entry]
+    rows, columns = (about[0][1], 2 * about[0][2]) if len(about[0]) == 3 else (0, 0)
+    wanted = [("U8", rows, columns // 2), ("F8_E4M3", *scales_shape(rows, columns)), ("F32",)]
+    if about != wanted or columns % BLOCK:
+        raise CheckpointError(f"{scale.file}: tensor {scale.name} belongs to a matrix in nvfp4, but matrix, scales and "
+                              f"scale are {about}: use another release")
+    return packed._replace(dtype=NVFP4, shape=(rows, columns), scale=scales._replace(scale=scale))
 
 
 def find_weights(folder: Path) -> Path | None:

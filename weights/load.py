@@ -21,8 +21,9 @@ from mmdit.meta import on_meta
 
 from . import configs
 from .detect import DECODER, ENCODERS, Part, PathLike, find_parts
-from .files import DTYPES, FLOAT8, TensorEntry
+from .files import DTYPES, FLOAT8, NVFP4, TensorEntry
 from .layouts import CheckpointError
+from .nvfp4 import widen
 
 
 def load_transformer(path: PathLike, config: mmdit.MMDiTConfig | None = None, dtype: torch.dtype | None = None,
@@ -126,8 +127,9 @@ def map_file(file: Path) -> Callable[[TensorEntry], Tensor]:
         about, count = header[entry.name], prod(entry.shape)
         if (about["dtype"], about["shape"]) != (entry.dtype, [*entry.shape]):
             raise ValueError(f"tensor {entry.name} is another")
-        at = {"dtype": DTYPES[entry.dtype], "count": count, "offset": 8 + length + about["data_offsets"][0]}
-        return (torch.frombuffer(data, **at) if count else torch.empty(0)).view(entry.shape)
+        dtype, offset = {**DTYPES, "U8": torch.uint8}[entry.dtype], 8 + length + about["data_offsets"][0]
+        numbers = torch.frombuffer(data, dtype=dtype, count=count, offset=offset) if count else torch.empty(0)
+        return numbers.view(entry.shape)
 
     return read
 
@@ -143,6 +145,9 @@ def read_stored(entry: TensorEntry, opened: Callable = map_file) -> Tensor:
 
 def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable) -> Tensor:
     """A stored tensor times its scale, in `dtype`."""
+    if entry.dtype == NVFP4:
+        packed = entry._replace(dtype="U8", shape=(entry.shape[0], entry.shape[1] // 2))
+        return widen(*(read_stored(stored, opened) for stored in (packed, entry.scale, entry.scale.scale))).to(dtype)
     tensor = read_stored(entry, opened)
     rows = _scale(entry, opened).view(-1, *[1] * max(0, tensor.ndim - 1)) if entry.scale else None
     return (tensor if rows is None else tensor.float() * rows).to(dtype)
@@ -155,8 +160,8 @@ def _scale(entry: TensorEntry, opened: Callable) -> Tensor:
 
 
 def _joint_dtype(parts: Iterable[TensorEntry]) -> torch.dtype:
-    """The dtype that the parts' dtypes promote to, with float8 counted as bfloat16."""
-    dtypes = (torch.bfloat16 if part.dtype in FLOAT8 else DTYPES[part.dtype] for part in parts)
+    """The dtype that the parts' dtypes promote to, with float8 and nvfp4 counted as bfloat16."""
+    dtypes = (torch.bfloat16 if part.dtype in (*FLOAT8, NVFP4) else DTYPES[part.dtype] for part in parts)
     return reduce(torch.promote_types, dtypes)
 
 
@@ -182,7 +187,7 @@ def open_part(part: Part, config: configs.Config | None = None, family: str | No
         if name not in wanted:
             raise CheckpointError(f"{where} has {len(entries) - len(wanted)} tensors the model has no place for, first "
                                   f"{entry.name}: is it a variant of the model (LoRA, quantized, more inputs)?")
-        if entry.shape != wanted[name] or entry.dtype not in DTYPES:
+        if entry.shape != wanted[name] or entry.dtype not in (*DTYPES, NVFP4):
             raise CheckpointError(f"{entry.file}: tensor {entry.name} is {entry.dtype} of shape {entry.shape}, expected"
                                   f" {wanted[name]} of {', '.join(DTYPES)}: give the config or file that belongs to it")
     return stored

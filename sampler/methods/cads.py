@@ -43,17 +43,16 @@ class CADS(Method):
             raise ValueError(f"CADS's mix must be a number from 0 to 1, got {self.mix}")
 
     def condition(self, condition: Condition, seed: int) -> Condition:
-        def annealed(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor]:
-            context, pooled = condition(samples, sigma, step)
+        def annealed(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor | None]:
+            texts = [text for text in condition(samples, sigma, step) if text is not None]
             gamma = min(max((self.stop - sigma) / (self.stop - self.start), 0), 1)
             if gamma == 1 or self.strength == 0:
-                return context, pooled
-            sizes = [context[0].numel(), pooled[0].numel()]
+                return (*texts, None)[:2]
+            sizes = [text[0].numel() for text in texts]
             fresh = starting_noise(-1 - 10_000 * seed - step, samples, (sum(sizes),))  # below 0: not a picture's noise
-            return tuple(
-                torch.cat([y[:-samples], self.anneal(y[-samples:], noise.view_as(y[-samples:]), gamma)])
-                for y, noise in zip((context, pooled), fresh.split(sizes, dim=1), strict=True)
-            )
+            texts = [torch.cat([y[:-samples], self.anneal(y[-samples:], noise.view_as(y[-samples:]), gamma)])
+                     for y, noise in zip(texts, fresh.split(sizes, dim=1), strict=True)]
+            return (*texts, None)[:2]
 
         return annealed
 

@@ -1,6 +1,5 @@
 """The chat tokenizers against recorded ids, transformers' tokenizers and its reading of tekken.json."""
 
-import base64
 import json
 import shutil
 from pathlib import Path
@@ -11,16 +10,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.integrations.mistral import tokenizer as tekken
 
 from mmdit.chat_tokenizers import QWEN_ADDED, MistralTokenizer, QwenTokenizer, byte_characters
+from tests.mmdit.small_tekken import TEMPLATES, bytes_to_unicode, converted, tekken_file
 
 DATA = Path(__file__).parents[1] / "data" / "flux2-tokenizer"
 RECORDED = json.loads((DATA / "cases.json").read_text())
-TEMPLATES = json.loads((DATA / "templates.json").read_text())
-# Tekken's split pattern treats upper and lower case apart, and takes digits one by one, as Mistral's.
-PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*[\p{Ll}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+"
 PROMPTS = [
     "", " ", "a photo of a cat", "Two foxes run through deep SNOW, 35mm film, f/1.8!", "x" * 90,
     "it's  a   house\n\nby the lake ", "Öl auf Leinwand: cafe\u0301 naïve 🦊", "一只猫坐在椅子上",
@@ -28,25 +23,6 @@ PROMPTS = [
 ]
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
 many = settings(max_examples=200, deadline=None, derandomize=True)
-
-
-def tekken_file(folder: Path, special: bool = True) -> Path:
-    """A small tekken.json: bytes, then the tokens that training found for Qwen's recorded vocabulary; and padding."""
-    characters = {character: byte for byte, character in bytes_to_unicode().items()}
-    tokens = sorted(json.loads((DATA / "vocab.json").read_text()).items(), key=lambda item: item[1])
-    spelled = [bytes(characters[character] for character in token) for token, _ in tokens]
-    order = [*(bytes([byte]) for byte in range(256)), *(token for token in spelled if len(token) > 1)]
-    sizes = {"default_vocab_size": 20 + len(order), "default_num_special_tokens": 20}
-    order += [b"padded", b"not"]
-    about = {"config": {"pattern": PATTERN, **sizes},
-             "vocab": [{"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
-                       for rank, token in enumerate(order)]}
-    if special:
-        names = {id: name for name, id in TEMPLATES["dev"]["special"].items()}
-        about["special_tokens"] = [{"rank": id, "token_str": names.get(id, f"<S{id}>"), "is_control": True}
-                                   for id in range(19)]
-    (folder / "tekken.json").write_text(json.dumps(about))
-    return folder / "tekken.json"
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +39,7 @@ def qwen_oracle():
 def mistral_folder(tmp_path_factory):
     """The hub's form, a tokenizer.json, as transformers makes it of a tekken.json."""
     folder = tmp_path_factory.mktemp("mistral")
-    tekken_file(folder)
-    converter = next(cls for cls in vars(tekken).values() if hasattr(cls, "_extract_merges"))
-    converter(str(folder / "tekken.json")).converted().save(str(folder / "tokenizer.json"))
+    converted(tekken_file(folder)).save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -16,11 +16,27 @@ def test_settings_cannot_be_changed_in_passing():
 @pytest.mark.parametrize("field,value", [
     ("scale", -1.0), ("iterations", 0), ("steps", -1), ("start", -1), ("blocks", "some"), ("blocks", (-1,)),
     ("single_stream_tokens", "image"), ("branches", "both"), ("objective", "x"), ("kernel_reg", -1.0), ("solver", "x"),
-    ("strength", 1.0), ("steps", 1.5),
+    ("strength", 1.0), ("steps", 1.5), ("until", 1.5), ("until", -0.1), ("until", float("nan")),
 ])  # fmt: skip
 def test_every_bad_field_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         Repulsion(**{"scale": 1.0, field: value})
+
+
+@pytest.mark.parametrize(("settings", "acting"), [
+    ({}, [0]), ({"steps": 3}, [0, 1, 2]), ({"steps": 2, "start": 1}, [1, 2]), ({"steps": 0}, []),
+    ({"until": 0.9}, [0, 1, 2]), ({"until": 0.9, "start": 1}, [1, 2]), ({"until": 0.0}, [0, 1, 2, 3]),
+    ({"until": 1.0}, [0]),
+])
+def test_steps_act_by_their_number_or_by_their_noise_level(settings, acting):
+    levels = [1.0, 0.97, 0.9, 0.77]
+    found = Repulsion(1.0, **settings)
+    assert [step for step, sigma in enumerate(levels) if found.acts_at(step, sigma)] == acting
+
+
+def test_steps_and_a_noise_level_together_are_refused():
+    with pytest.raises(ValueError, match="until must be a noise level from 0 to 1, without steps, got 0.9 and steps 2"):
+        Repulsion(1.0, steps=2, until=0.9)
 
 
 @pytest.mark.parametrize("total", [8, 24, 38, 57])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from diffusers import FluxKontextPipeline
 from PIL import Image
+from small_flux2 import klein
 from small_pipelines import flux, saved
 
 from repulsion import Repulsion
@@ -73,10 +74,26 @@ def test_a_picture_is_edited_and_the_summary_says_which(call, tmp_path):
     assert call("a star", "--model", "Small-Kontext", "--image", "photo.png", "--images", "2", "--scale", "1e3",
                 "--negative", "a ring", "--true-guidance", "2", "--out", "here") == 0
     summary = json.loads((tmp_path / "here/summary.json").read_text())
-    assert (summary["image"], summary["width"], summary["height"]) == ("photo.png", 72, 48)  # 1248 × 832, a sixteenth
+    assert (summary["image"], summary["width"], summary["height"]) == (["photo.png"], 72, 48)  # 1248 × 832, a sixteenth
     assert (summary["true_guidance"], summary["negative_prompt"]) == (2.0, "a ring")
     single = Image.open(tmp_path / "here/repelled-01.png")
-    assert single.size == (72, 48) and single.text["image"] == "photo.png"
+    assert single.size == (72, 48) and single.text["image"] == '["photo.png"]'
+
+
+def test_flux2_edits_several_pictures_and_repels_down_to_a_noise_level(call, tmp_path):
+    saved(klein(), tmp_path / "small-klein")
+    for name, size in (("one.png", (80, 64)), ("two.png", (64, 100))):
+        Image.effect_mandelbrot(size, (-2, -1, 1, 1), 50).save(tmp_path / name)
+    assert call("a star", "--model", "small-klein", "--image", "one.png", "two.png", "--images", "2", "--repel-until",
+                "0.8", "--out", "here") == 0
+    summary = json.loads((tmp_path / "here/summary.json").read_text())
+    assert (summary["image"], summary["width"], summary["height"]) == (["one.png", "two.png"], 80, 64)
+    assert (summary["repulsion"]["until"], summary["repulsion"]["steps"], summary["steps"]) == (0.8, 1, 4)
+    assert call("a star", "--model", "small-klein", "--repel-steps", "3", "--images", "2", "--no-compare", "--height",
+                "64", "--width", "64", "--out", "there") == 0
+    repulsion = json.loads((tmp_path / "there/summary.json").read_text())["repulsion"]
+    assert (repulsion["until"], repulsion["steps"]) == (None, 3)
+    assert call("a star", "--repel-steps", "3", "--repel-until", "0.8", "--out", "wrong") == 2
 
 
 def test_skipped_layers_reach_the_pictures_and_the_summary(call, tmp_path):
@@ -137,7 +154,7 @@ def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_expla
     (["a circle", "--image", "photo.png"], "--image photo.png is no picture that can be read ([Errno 2] No such file"),
     (["a circle", "--image", __file__], "test_cli.py is no picture that can be read"),
     (["a circle", "--image", str(PICTURE)], "image: this checkpoint edits no pictures"),
-    (["a circle", "--true-guidance", "3"], "true_guidance is for FLUX.1"),
+    (["a circle", "--true-guidance", "3"], "true_guidance is for distilled FLUX"),
     (["a circle", "--skip-scale", "3"], "--skip-scale needs --skip-layers"),
     (["a circle", "--skip-layers", "7-9"], "skips layer 9, but this model's dual-stream blocks end at 7"),
 ])  # fmt: skip

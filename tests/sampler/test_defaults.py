@@ -6,6 +6,7 @@ import pytest
 
 import weights
 from mmdit import PRESETS
+from repulsion import Repulsion
 from sampler.defaults import find_schedule, find_settings
 from weights import PUBLIC, Checkpoint
 from weights.checkpoints import told_by_name
@@ -20,6 +21,7 @@ CALLED = {  # as the public folders, files and caches are
     "flux1-schnell": ["FLUX.1-schnell", "flux1-schnell-fp8.safetensors"],
     "flux2-dev": ["FLUX.2-dev", "flux2_dev_fp8mixed.safetensors", "models--black-forest-labs--FLUX.2-dev/snapshots/0a"],
     "flux2-klein-9b": ["FLUX.2-klein-9B", "flux-2-klein-9b-fp8.safetensors", "FLUX.2-klein-9B/transformer"],
+    "flux2-klein-9b-kv": ["FLUX.2-klein-9b-kv", "FLUX.2-klein-9B-KV/transformer", "flux-2-klein-9b-kv-fp8.safetensors"],
     "flux2-klein-base-9b": ["FLUX.2-klein-base-9B", "flux-2-klein-base-9b-fp8.safetensors",
                             "models--black-forest-labs--FLUX.2-klein-base-9B/snapshots/0a1b/transformer"],
     "flux2-klein-4b": ["FLUX.2-klein-4B", "flux-2-klein-4b.safetensors", "base/flux-2-klein-4b.safetensors"],
@@ -65,7 +67,7 @@ def checkpoint(path, variant="sd3.5-large", family="sd3", scheduler=None):
     ("flux1-dev", 28, 3.5, None), ("flux1-kontext-dev", 28, 2.5, None), ("flux1-dev-de-distill", 28, 3.5, None),
     ("flux1-schnell", 4, None, 1.0), ("sd3-medium", 28, 7.0, 3.0), ("sd3.5-medium", 40, 4.5, 3.0),
     ("sd3.5-large", 28, 4.5, 3.0), ("sd3.5-large-turbo", 4, None, 3.0), ("flux2-dev", 50, 4.0, None),
-    ("flux2-klein-9b", 4, None, None), ("flux2-klein-base-9b", 50, 4.0, None),
+    ("flux2-klein-9b", 4, None, None), ("flux2-klein-9b-kv", 4, None, None), ("flux2-klein-base-9b", 50, 4.0, None),
     ("flux2-klein-4b", 4, None, None), ("flux2-klein-base-4b", 50, 4.0, None),
 ])  # fmt: skip
 def test_the_usual_settings_of_the_families_table(tmp_path, name, steps, guidance, shift):
@@ -122,7 +124,11 @@ def test_repulsion_of_the_large_models_is_the_settings_table_of_the_paper():
         "flux1-dev": (50, 1, 5e6, 8e9), "flux1-kontext-dev": (50, 1, 5e6, 8e9),
         "sd3.5-large": (100, 4, 5e2, 5e6), "sd3.5-large-turbo": (100, 1, 1e5, 1e7),
     }
-    assert {name for name, row in PUBLIC.items() if row.settings.repulsion} == table.keys()
+    repelling = {name: row.settings.repulsion for name, row in PUBLIC.items() if row.settings.repulsion}
+    assert {name for name in repelling if "klein" not in name} == table.keys()
+    # FLUX.2 is not in the paper: the distilled ones have a strength, and a noise level instead of steps
+    assert {name: found for name, found in repelling.items() if "klein" in name} == dict.fromkeys(
+        ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"), Repulsion(strength=1.0, until=0.95))
     for name, (iterations, steps, low, high) in table.items():
         found = PUBLIC[name].settings.repulsion
         assert (found.iterations, found.steps, found.strength) == (iterations, steps, None)

@@ -91,5 +91,5 @@ def test_guidance_that_cannot_be_right_is_named(both, call, message):
 def test_a_guidance_that_the_model_cannot_hear_is_refused(both):
     _, ours, dev = both
     if not dev:
-        with pytest.raises(ValueError, match="guidance 3.5 has no meaning for a FLUX.1 without guidance embedding"):
+        with pytest.raises(ValueError, match="guidance 3.5 has no meaning for a distilled FLUX without guidance"):
             ours("a star", 1, steps=1, height=32, width=32, guidance=3.5)

@@ -14,7 +14,7 @@ from small_pipelines import assert_other_pictures, assert_same_pictures, flux, s
 
 from repulsion import Repulsion
 from sampler import Pipeline, starting_noise
-from sampler.kontext import SIZES, reference_pixels, reference_size
+from sampler.references import SIZES, TRAINED_AREA, kontext_size, read_references
 
 
 def photo(width, height):
@@ -24,13 +24,20 @@ def photo(width, height):
     return Image.frombytes("RGB", (width, height), bytes(channels.byte().flatten().tolist()))
 
 
+def kontext_pixels(picture, area=TRAINED_AREA):
+    """What Kontext reads; it paints in the same size."""
+    (pixels,), size = read_references([picture], flux2=False, area=area)
+    assert size == pixels.shape[2:]
+    return pixels
+
+
 # ---- size
 
 
 def test_the_sizes_are_the_published_list():
     assert sorted(SIZES) == sorted(PREFERRED_KONTEXT_RESOLUTIONS)
     for size in PREFERRED_KONTEXT_RESOLUTIONS:
-        assert reference_size(*size) == size
+        assert kontext_size(*size) == size
 
 
 @pytest.mark.parametrize("size,expected", [
@@ -39,14 +46,14 @@ def test_the_sizes_are_the_published_list():
     ((1, 999), (672, 1568)),
 ])  # fmt: skip
 def test_the_trained_size_nearest_in_aspect_ratio_is_taken(size, expected):
-    assert reference_size(*size) == expected
+    assert kontext_size(*size) == expected
 
 
 def test_models_of_other_sizes_get_the_same_shape_in_their_own():
-    assert reference_size(1200, 800, area=512**2) == (624, 416)  # half of 1248 × 832
-    assert reference_size(4032, 3024, multiple=32) == (1184, 864)  # 880 is no multiple of 32
-    assert reference_size(1, 999, area=64**2, multiple=32) == (32, 96)  # 42 × 98
-    assert reference_size(1, 999, area=16**2, multiple=32) == (32, 32)  # 10 × 24: never below one
+    assert kontext_size(1200, 800, area=512**2) == (624, 416)  # half of 1248 × 832
+    assert kontext_size(4032, 3024, multiple=32) == (1184, 864)  # 880 is no multiple of 32
+    assert kontext_size(1, 999, area=64**2, multiple=32) == (32, 96)  # 42 × 98
+    assert kontext_size(1, 999, area=16**2, multiple=32) == (32, 32)  # 10 × 24: never below one
 
 
 # ---- numbers
@@ -54,7 +61,7 @@ def test_models_of_other_sizes_get_the_same_shape_in_their_own():
 
 def test_a_picture_of_a_trained_size_keeps_its_pixels():
     picture = photo(672, 1568)
-    pixels = reference_pixels(picture)
+    pixels = kontext_pixels(picture)
     found = rearrange(((pixels + 1) * 127.5).round().byte(), "1 c y x -> y x c")
     assert bytes(found.flatten().tolist()) == picture.tobytes()
 
@@ -63,27 +70,27 @@ def test_another_size_is_resized_as_diffusers_does():
     picture = photo(400, 300)
     processor = VaeImageProcessor(vae_scale_factor=16)
     expected = processor.preprocess(processor.resize(picture, 880, 1184), 880, 1184)
-    assert (reference_pixels(picture) - expected).abs().max() < 1e-6  # of 1; one step of 8 bits is 8e-3
+    assert (kontext_pixels(picture) - expected).abs().max() < 1e-6  # of 1; one step of 8 bits is 8e-3
 
 
 def test_a_photograph_is_turned_as_its_exif_entry_says():
     picture = photo(60, 40)
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # shown turned by a quarter, clockwise: as `picture`
-    assert torch.equal(reference_pixels(turned, area=64**2), reference_pixels(picture, area=64**2))
+    assert torch.equal(kontext_pixels(turned, area=64**2), kontext_pixels(picture, area=64**2))
 
 
 def test_transparency_becomes_white_and_other_modes_keep_what_they_show():
     gray = photo(64, 64).convert("L")
-    plain = reference_pixels(gray.convert("RGB"), area=64**2)
-    assert torch.equal(reference_pixels(gray, area=64**2), plain)
+    plain = kontext_pixels(gray.convert("RGB"), area=64**2)
+    assert torch.equal(kontext_pixels(gray, area=64**2), plain)
     deep = gray.convert("I").point(lambda value: value * 257).convert("I;16")
-    assert torch.equal(reference_pixels(deep, area=64**2), plain)
+    assert torch.equal(kontext_pixels(deep, area=64**2), plain)
 
     clear = photo(64, 64).convert("RGBA")
     clear.putalpha(Image.new("L", (64, 64)))
     clear.paste((10, 20, 30, 255), (0, 0, 64, 32))
-    pixels = reference_pixels(clear, area=64**2)
+    pixels = kontext_pixels(clear, area=64**2)
     assert (pixels[..., 32:, :] == 1).all()
     assert ((pixels[0, :, 0, 0] + 1) * 127.5).round().tolist() == [10, 20, 30]
 

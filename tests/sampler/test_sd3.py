@@ -118,7 +118,7 @@ def test_settings_out_of_range_are_named(change, message):
 @pytest.mark.parametrize("call,message", [
     ({"skip_layer_guidance": SkipLayerGuidance()}, "skips layer 9, but this model's dual-stream blocks end at 3"),
     ({"skip_layer_guidance": SKIP, "guidance": 1.0}, "skip_layer_guidance needs classifier-free guidance"),
-    ({"true_guidance": 3.0}, "true_guidance is for FLUX.1"),
+    ({"true_guidance": 3.0}, "true_guidance is for distilled FLUX"),
 ])  # fmt: skip
 def test_calls_that_cannot_be_right_are_named(medium, call, message):
     with pytest.raises(ValueError, match=message):

@@ -31,6 +31,7 @@ def taken_for(path):
 @pytest.mark.parametrize(("path", "manifest", "variant", "told"), [
     ("flux2-dev.safetensors", DEV, "flux2-dev", ""), ("any.safetensors", DEV, "flux2-dev", ""),
     ("flux-2-klein-9b.safetensors", NINE, "flux2-klein-9b", "by its name"),
+    ("flux-2-klein-9b-kv.safetensors", NINE, "flux2-klein-9b-kv", "by its name"),
     ("flux-2-klein-base-9b.safetensors", NINE, "flux2-klein-base-9b", "by its name"),
     ("flux-2-klein-4b.safetensors", FOUR, "flux2-klein-4b", "by its name"),
     ("flux-2-klein-base-4b.safetensors", FOUR, "flux2-klein-base-4b", "by its name"),
@@ -54,12 +55,6 @@ def test_scaled_float8_files_are_recognized(tmp_path, manifest, variant):
     entries = weights.inspect_checkpoint(file).parts["transformer"].entries
     assert entries.keys() == shapes_of(manifest.removesuffix("-fp8")).keys()
     assert all((entry.dtype == "F8_E4M3") == (entry.scale is not None) for entry in entries.values())
-
-
-def test_nvfp4_is_refused_by_that_name(tmp_path):
-    file = sparse_file(tmp_path / "x.safetensors", shapes_of(FOUR) | {"single_blocks.0.linear1.weight_scale_2": ()})
-    with pytest.raises(CheckpointError, match=r"quantized to 4 bits \(nvfp4\)"):
-        weights.load_transformer(file)
 
 
 def hub_folder(path, manifest, **index):
@@ -89,14 +84,25 @@ def test_a_hub_folder_says_whether_it_is_distilled(tmp_path, name, index, varian
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["file", "folder"])
-def test_a_pipeline_of_flux2_ends_in_one_sentence(tmp_path, whole):
+def test_what_a_pipeline_of_flux2_lacks_is_named(tmp_path, whole):
     path = tmp_path / "FLUX.2-dev"
     if whole:
         hub_folder(path, "flux2-dev", _class_name="Flux2Pipeline")
     else:
         path = sparse_file(path / "flux2-dev.safetensors", shapes_of(DEV))
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} is flux2-dev: FLUX.2 is not supported as a pip"):
+    lacks = r"autoencoder \(vae/ or flux2-vae.safetensors\), text \(text_encoder/ or qwen_3_4b.safetensors\)"
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(str(path))} is no whole pipeline, it lacks {lacks}"):
         Pipeline.load(path)
+
+
+@pytest.mark.parametrize(("name", "class_name", "variant"), [
+    ("any", "Flux2KleinKVPipeline", "flux2-klein-9b-kv"), ("any", "Flux2KleinPipeline", "flux2-klein-9b"),
+    ("FLUX.2-klein-9b-kv", "Flux2KleinKVPipeline", "flux2-klein-9b-kv"),
+    ("klein-kv", "Flux2KleinPipeline", "flux2-klein-9b"),
+])
+def test_a_hub_folder_says_whether_it_is_kv(tmp_path, name, class_name, variant):
+    folder = hub_folder(tmp_path / name, "flux2-klein-9b", _class_name=class_name, is_distilled=True)
+    assert weights.inspect_checkpoint(folder).variant == variant
 
 
 def test_a_flux2_with_heads_of_another_width_needs_its_config(tmp_path):

@@ -83,7 +83,6 @@ UNET = "down_blocks.0.resnets.0.conv1.weight"
     ("double_blocks.0.img_attn.proj.weight.absmax", "quantized to 4 or 8 bits"),
     ("model.diffusion_model.double_blocks.0.img_attn.proj.weight.quant_state.bitsandbytes__nf4", "quantized to 4"),
     ("transformer_blocks.0.qkv_proj.qweight", "quantized to 4 or 8 bits"),
-    ("double_stream_modulation_img.lin.weight double_blocks.0.img_attn.proj.weight_scale_2", "quantized to 4 bits"),
     ("distilled_guidance_layer.in_proj.weight", "Chroma"),
     ("model.diffusion_model.label_emb.0.0.weight", "SDXL"), ("add_embedding.linear_1.weight", "SDXL"),
     ("conditioner.embedders.1.model.ln_final.weight", "SDXL"),
