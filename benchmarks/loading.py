@@ -3,8 +3,8 @@
 The files have true headers and full size but take no room on the disk: their numbers were never written, so they read
 as zeros. Each load has a process of its own; ours and the library's alternate, so that a noisy machine disturbs both
 alike, and medians are compared. Memory is what the process holds of its own (RssAnon), beyond that of the imports:
-pages of a mapped file are the system's cache. `--step` also runs one step of FLUX.1-dev at 256 × 256, which reads all
-of its 24 GB.
+pages of a mapped file are the system's cache. `--step` also runs one step of FLUX.1-dev and of FLUX.2-klein-4B at
+256 × 256, and Qwen3-4B on 512 tokens, which reads every number: 24, 8 and 6 GB.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from weights import load_transformer
+from mmdit import MMDiT, TextDecoder
+from weights import load_text_encoder, load_transformer
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "tests/data/manifests.json.gz").read_bytes()))
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8}
@@ -34,7 +35,10 @@ ROWS = {  # name: manifest, dtype in the file, where it is stored, options of lo
     "SD3-medium, float8 kept": ("sai/sd3_medium", lambda name, shape: "F8_E4M3" if len(shape) == 2 else "F16",
                                 "sd3_medium_fp8.safetensors", {}),
     "FLUX.1-dev, original": ("bfl/flux1-dev", "BF16", "flux1-dev.safetensors", {}),
+    "FLUX.2-klein-4B, original": ("bfl/flux2-klein-4b", "BF16", "flux-2-klein-4b.safetensors", {}),
+    "Qwen3-4B, without what klein does not read": ("text/qwen3-4b", "BF16", "qwen_3_4b.safetensors", {}),
 }
+STEPS = ("FLUX.1-dev, original", *list(ROWS)[-2:])
 
 
 def sparse_file(path: Path, shapes: dict[str, Sequence[int]], dtype: str | Callable = "BF16") -> Path:
@@ -60,21 +64,32 @@ def anonymous() -> float:
 
 
 def measure(reader: str, path: str, dtype: str | None = None, step: bool = False) -> dict[str, float]:
-    """Load once, here: seconds and anonymous bytes; with `step` those of one forward pass too."""
+    """Load once, here: seconds and anonymous bytes; with `step` those of one forward pass too, and the parameters."""
     wide, before = getattr(torch, dtype) if dtype else None, anonymous()
     start = time.perf_counter()
     if reader == "ours":
-        loaded = load_transformer(path, dtype=wide)
+        loaded = (load_text_encoder if "qwen" in path else load_transformer)(path, dtype=wide)
     else:
         loaded = load_file(path)
         loaded = {name: tensor.to(wide) for name, tensor in loaded.items()} if wide else loaded
     found = {"seconds": time.perf_counter() - start, "bytes": anonymous() - before}
     if step:
-        latent, context = torch.randn(1, 16, 32, 32), torch.randn(1, 64, 4096)
         with torch.no_grad():
-            loaded(latent, torch.ones(1), context, torch.randn(1, 768), torch.ones(1))
-        found |= {"step": time.perf_counter() - start - found["seconds"], "all bytes": anonymous()}
+            forward(loaded)
+        found |= {"step": time.perf_counter() - start - found["seconds"], "all bytes": anonymous(),
+                  "parameters": sum(parameter.numel() for parameter in loaded.parameters())}
     return found
+
+
+def forward(model: MMDiT | TextDecoder) -> None:
+    """One picture of 256 × 256 pixels, or one prompt."""
+    if isinstance(model, TextDecoder):
+        model(torch.zeros(1, 512, dtype=torch.int64))
+        return
+    config, flux1 = model.config, model.config.pooled_dim is not None
+    model(torch.randn(1, config.latent_channels, 16 * config.patch_size, 16 * config.patch_size), torch.ones(1),
+          torch.randn(1, 512, config.context_dim), torch.randn(1, 768) if flux1 else None,
+          torch.ones(1) if config.guidance_embedding else None)
 
 
 def measure_apart(*arguments: object) -> dict[str, float]:
@@ -86,7 +101,7 @@ def measure_apart(*arguments: object) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="loads of each kind, after one that fills the cache")
-    parser.add_argument("--step", action="store_true", help="one step of FLUX.1-dev too")
+    parser.add_argument("--step", action="store_true", help="one forward pass of the largest too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -105,10 +120,10 @@ def main() -> None:
             print(f"| {row} | {ours['seconds']:.3f} | {library['seconds']:.3f} | "
                   f"{ours['seconds'] / library['seconds']:.2f} | {ours['bytes'] / 1e6:.0f} | "
                   f"{library['bytes'] / 1e6:.0f} |", flush=True)
-        if args.step:
-            found = measure_apart("ours", path, None, True)
-            print(f"\nOne step of FLUX.1-dev at 256 × 256: opened in {found['seconds']:.2f} s, step "
-                  f"{found['step']:.0f} s, the process's own memory {found['all bytes'] / 1e9:.2f} GB.")
+        for row in STEPS if args.step else ():
+            found = measure_apart("ours", str(Path(folder) / ROWS[row][2]), None, True)
+            print(f"\n{row}: {found['parameters'] / 1e9:.2f} billion parameters, opened in {found['seconds']:.2f} s, "
+                  f"forward pass {found['step']:.0f} s, the process's own memory {found['all bytes'] / 1e9:.2f} GB.")
 
 
 if __name__ == "__main__":

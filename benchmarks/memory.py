@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, MMDiT, T5Config, T5Encoder
+from mmdit import (
+    Autoencoder,
+    AutoencoderConfig,
+    ClipConfig,
+    ClipTextEncoder,
+    DecoderConfig,
+    MMDiT,
+    MMDiTConfig,
+    T5Config,
+    T5Encoder,
+    TextDecoder,
+)
 from mmdit.float8 import keep_in_float8, may_stay_float8
 from mmdit.meta import on_meta
 from repulsion import Repulsion
@@ -29,12 +40,16 @@ from weights import PUBLIC
 
 from .solver import Allocated, show
 
-MODELS = [name for name in PUBLIC if not name.startswith("flux2")]  # FLUX.2 has no pipeline here yet
 IMAGES, GIB, MARGIN = (1, 4, 8), 2**30, 1  # MARGIN, GiB: for what is not counted
 DTYPE = torch.bfloat16
 CLIP_L, T5 = (ClipTextEncoder, ClipConfig()), (T5Encoder, T5Config())
 CLIP_G = ClipTextEncoder, ClipConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20,
                                      activation="gelu", projection_dim=1280)
+DECODERS = {  # FLUX.2's text encoders, by the width of their context
+    7680: DecoderConfig(), 12288: DecoderConfig(hidden_size=4096, intermediate_size=12288),
+    15360: DecoderConfig(vocab_size=131072, hidden_size=5120, intermediate_size=32768, layers=(10, 20, 30),
+                         qk_norm=False, norm_eps=1e-5, rope_theta=1e9)}
+FLUX2_VAE = AutoencoderConfig(latent_channels=32, scaling=1.0, shift=0.0, patch_size=2)
 Bytes = tuple[int, int]  # of a network's weights that stay on the card, and the most beside them while it runs
 
 
@@ -81,18 +96,19 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 @cache
-def encode(network: type[nn.Module], config: ClipConfig | T5Config, tokens: int, float8: bool, streamed: bool) -> Bytes:
+def encode(network: type[nn.Module], config: object, tokens: int, float8: bool, streamed: bool) -> Bytes:
     """A text encoder on one prompt."""
-    model = build(network, config, float8 and network is T5Encoder, streamed)
-    model._check = lambda ids: None  # reads the ids
+    model = build(network, config, float8 and network is not ClipTextEncoder, streamed)
+    model._check = lambda *ids: None  # reads the ids
     return count(model, lambda: model(empty(1, tokens, dtype=torch.int64)))
 
 
 @cache
-def decode(side: int, reference: bool) -> Bytes:
+def decode(config: AutoencoderConfig, side: int, reference: bool) -> Bytes:
     """The autoencoder: it decodes one picture, and before that, with a reference, encodes one."""
-    model = build(Autoencoder, AutoencoderConfig())
-    needs = [count(model, lambda: model.decode(empty(1, 16, side // 8, side // 8))[0].float())]
+    model, channels = build(Autoencoder, config), config.latent_channels * config.patch_size**2
+    latent = (1, channels, side // config.downscale, side // config.downscale)
+    needs = [count(model, lambda: model.decode(empty(*latent))[0].float())]
     if reference:
         needs.append(count(model, lambda: model.encode(empty(1, 3, side, side))))
     return max(needs)
@@ -101,34 +117,49 @@ def decode(side: int, reference: bool) -> Bytes:
 def paint(model: MMDiT, name: str, images: int, tokens: int) -> Bytes:
     """A step of the transformer, with the guidance of the checkpoint and a push in one block of each kind."""
     config, settings = model.config, PUBLIC[name].settings
-    latent = (config.latent_channels, settings.height // 8, settings.width // 8)
+    downscale = 8 * 2 // config.patch_size  # a token is 16 pixels wide
+    latent = (config.latent_channels, settings.height // downscale, settings.width // downscale)
     distilled = settings.guidance if config.guidance_embedding else None
     weight = settings.guidance if distilled is None and (settings.guidance or 0) > 1 else None
     repulsion = Repulsion(strength=1.0, blocks=(0, config.num_blocks - 1))
 
     def call():
-        texts = [empty(1 if weight is None else 2, *shape) for shape in ((tokens, 4096), (config.pooled_dim,))]
+        branches = 1 if weight is None else 2
+        context, pooled = empty(branches, tokens, config.context_dim), empty(branches, config.pooled_dim or 0)
         velocity = GuidedVelocity(
-            transformer=Part(lambda: model), steps=1, weight=weight, distilled=distilled,
-            condition=lambda samples, sigma, step: tuple(repeat(x, "g ... -> (g b) ...", b=samples) for x in texts),
-            reference=empty(1, *latent) if "kontext" in name else None, repulsion=repulsion)
+            transformer=Part(lambda: model), steps=1, weight=weight, distilled=distilled, repulsion=repulsion,
+            condition=lambda samples, sigma, step: (
+                repeat(context, "g n d -> (g b) n d", b=samples),
+                repeat(pooled, "g d -> (g b) d", b=samples) if config.pooled_dim else None),
+            references=[empty(1, *latent)] if "kontext" in name else [])
         denoise(velocity, empty(images, *latent, dtype=torch.float32), torch.tensor([1.0, 0.0]))
 
     return count(model, call)
 
 
+def text_encoders(config: MMDiTConfig, prompt_tokens: int | None) -> list[tuple[type[nn.Module], object, int]]:
+    """The text encoders of a transformer: class, sizes, tokens of a prompt."""
+    if config.pooled_dim is None:
+        return [(TextDecoder, DECODERS[config.context_dim], 512)]
+    if config.position == "rope":
+        return [(*CLIP_L, 77), (*T5, prompt_tokens or T5_LIMIT["flux"])]
+    return [(*CLIP_L, 77), (*CLIP_G, 77), (*T5, prompt_tokens or T5_LIMIT["sd3"])]
+
+
 def needs(name: str, float8: bool, images: tuple[int, ...] = IMAGES) -> list[float]:
     """GiB for each number of pictures with all networks on the card, then by parts, then by blocks."""
     config, *_, settings = PUBLIC[name]
-    flux = config.position == "rope"
-    t5 = settings.prompt_tokens or T5_LIMIT["flux" if flux else "sd3"]
-    encoders = [(*CLIP_L, 77), (*T5, t5)] if flux else [(*CLIP_L, 77), (*CLIP_G, 77), (*T5, t5)]
+    encoders, vae = text_encoders(config, settings.prompt_tokens), AutoencoderConfig()
+    if config.pooled_dim is None:
+        vae = FLUX2_VAE
+    tokens = encoders[-1][-1] + 77 * (config.position == "table")  # SD3's context has the CLIPs' tokens as well
     found = {"all": [], "parts": [], "blocks": []}
     for streamed in (False, True):
         model = build(MMDiT, config, float8, streamed)
-        others = [*(encode(*one, float8, streamed) for one in encoders), decode(settings.height, "kontext" in name)]
+        others = [encode(*one, float8, streamed) for one in encoders]
+        others.append(decode(vae, settings.height, reference="kontext" in name))
         for number in images:
-            stages = [*others, paint(model, name, number, t5 if flux else 77 + t5)]
+            stages = [*others, paint(model, name, number, tokens)]
             found["blocks" if streamed else "parts"].append(max(weights + rest for weights, rest in stages) / GIB)
             if not streamed:
                 found["all"].append((sum(weights for weights, _ in stages) + max(rest for _, rest in stages)) / GIB)
@@ -137,7 +168,7 @@ def needs(name: str, float8: bool, images: tuple[int, ...] = IMAGES) -> list[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=PUBLIC, default=PUBLIC, metavar="NAME")
     args = parser.parse_args()
     rows = [[name, "float8 kept" if float8 else "bfloat16", *(f"{gib:.1f}" for gib in needs(name, float8))]
             for name in args.models for float8 in (False, True)]

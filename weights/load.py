@@ -116,8 +116,8 @@ class Stored:
 
 
 def map_file(file: Path) -> Callable[[TensorEntry], Tensor]:
-    """The file's tensors as views of it; a page that is written to becomes the process's own. Unlike the library's
-    mapping it reserves no memory, so that a file may be larger than that."""
+    """The file's tensors as views of a private (copy-on-write) mapping, which reserves no memory: unlike with the
+    library's mapping, a file may be larger than the memory."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header, linux = json.loads(opened.read(length)), {"flags": mmap.MAP_PRIVATE | 0x4000}  # MAP_NORESERVE

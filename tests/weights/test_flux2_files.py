@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmdit import PRESETS, MMDiT
 from sampler import Pipeline
 from weights import CheckpointError
 
+DATA = Path(__file__).parents[1] / "data"
 DEV, NINE, FOUR = "bfl/flux2-dev", "bfl/flux2-klein-9b", "bfl/flux2-klein-4b"
 
 
@@ -114,3 +116,19 @@ def test_a_flux2_with_heads_of_another_width_needs_its_config(tmp_path):
     same_tensors(again.state_dict(), model.state_dict())
     inputs = draw(2, 8, 3, 4), torch.tensor([0.3, 0.9]), draw(2, 5, 24)
     assert difference(again(*inputs), model(*inputs)) == 0
+
+
+def test_klein_4b_at_full_size_opens_as_a_pipeline(tmp_path):
+    """The usual mix: an original transformer beside the hub's folders. Nothing is read but headers and tokenizer."""
+    folder = tmp_path / "FLUX.2-klein-4B"
+    sparse_file(folder / "flux-2-klein-4b.safetensors", shapes_of(FOUR))
+    sparse_file(folder / "vae" / "diffusion_pytorch_model.safetensors", shapes_of("diffusers/flux2.vae"),
+                lambda name, _: "I64" if name.endswith("batches_tracked") else "F32")
+    sparse_file(folder / "text_encoder" / "model.safetensors", shapes_of("text/qwen3-4b"))
+    shutil.copytree(DATA / "flux2-tokenizer", folder / "tokenizer")
+    pipeline = Pipeline.load(folder / "flux-2-klein-4b.safetensors")
+    assert (pipeline.config, pipeline.downscale) == (PRESETS["flux2-klein-4b"], 16)
+    assert torch.allclose(pipeline.sigmas(4, 1024, 1024), torch.tensor([1, 0.96738, 0.90814, 0.76720, 0]), atol=1e-5)
+    decoder = pipeline.text.decoder.module
+    for module, billions in ((pipeline.transformer, 3.875544576), (decoder, 3.114088192)):
+        assert sum(parameter.numel() for parameter in module.parameters()) == round(billions * 1e9)
