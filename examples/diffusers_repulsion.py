@@ -28,7 +28,7 @@ ONE_CALL = {"StableDiffusion3Pipeline": True, "FluxPipeline": False, "FluxKontex
 def repelling(pipe, repulsion: Repulsion):
     """Within it the pictures of each prompt that `pipe` paints repel each other, in each branch of guidance separately.
 
-    Neighbors in the batch with equal context are a group. Quantize, compile or replace the transformer before it.
+    Consecutive pictures of a batch with equal context are a group. Compile, quantize or replace the transformer before.
     Raises ValueError for a pipeline or blocks that are not known, and, when the pipeline is called, for a prompt with
     one picture and for attention that is reused, sharded or skipped.
     """
@@ -104,7 +104,7 @@ class RepelledCall:
 
 
 def group_sizes(context: torch.Tensor) -> list[int]:
-    """The numbers of neighbors with equal context (b, n, d). Raises ValueError for a context without an equal one."""
+    """How many consecutive contexts (b, n, d) are equal, group by group. Raises ValueError for a group of one."""
     starts = [i for i in range(len(context)) if i == 0 or not torch.equal(context[i - 1], context[i])]
     sizes = [end - start for start, end in zip(starts, [*starts[1:], len(context)], strict=True)]
     if 1 in sizes:
@@ -112,7 +112,7 @@ def group_sizes(context: torch.Tensor) -> list[int]:
     return sizes
 
 
-def hook(attn, single: bool, push):
+def hook(attn, single: bool, push):  # on the tokens that the head of this file names
     if single and hasattr(attn, "to_qkv_mlp_proj"):
         n = attn.inner_dim
         return attn.to_out.register_forward_pre_hook(lambda _, x: torch.cat([push(x[0][..., :n]), x[0][..., n:]], -1))

@@ -24,6 +24,8 @@ KINDS = {"tiny-sd3": diffusers.StableDiffusion3Pipeline, "tiny-flux": diffusers.
          "tiny-turbo": diffusers.StableDiffusion3Pipeline}
 NOISE = starting_noise(3, 4, (6, 16, 16))
 STRONG = Repulsion(strength=1.0, steps=2)
+# float32 on both sides, sums in other orders, a few blocks: 2.5e-7 was measured; the least effect of a push is 1e-3
+EQUAL, OTHER = 1e-5, 3e-4
 
 
 def packed(latent):
@@ -228,10 +230,10 @@ def test_every_velocity_is_ours_with_the_same_weights(tmp_path, case, settings):
         found, typical = found[:, :24], our_velocity(model, given, references)  # without the references' tokens
         if repulsion.acts_at(step) and (conditional or repulsion.branches == "all"):
             pushed = replace(repulsion, branches="all")
-            assert difference(found, our_velocity(model, given, references, repulsion=pushed, groups=2)) < 1e-4
-            assert difference(found, typical) > 1e-3
+            assert difference(found, our_velocity(model, given, references, repulsion=pushed, groups=2)) < EQUAL
+            assert difference(found, typical) > OTHER
         else:
-            assert difference(found, typical) < 1e-5
+            assert difference(found, typical) < EQUAL
 
 
 def test_kontext_reads_its_reference_and_repels(tmp_path):
@@ -245,7 +247,7 @@ def test_kontext_reads_its_reference_and_repels(tmp_path):
     for step, (given, found) in enumerate(calls):
         found, typical = found[:, :24], our_velocity(model, given, [(2, 2)])
         pushed = our_velocity(model, given, [(2, 2)], repulsion=Repulsion(strength=1.0))
-        assert difference(found, typical if step else pushed) < 1e-4 < 1e-3 < difference(pushed, typical)
+        assert difference(found, typical if step else pushed) < EQUAL < OTHER < difference(pushed, typical)
 
 
 def test_sd3_5_medium_repels_in_the_first_of_its_two_attentions(tmp_path):
@@ -257,9 +259,9 @@ def test_sd3_5_medium_repels_in_the_first_of_its_two_attentions(tmp_path):
     (given, found), (later, typical), _ = calls
     inputs = [[x["hidden_states"], x["timestep"] / 1000, x["encoder_hidden_states"], x["pooled_projections"]]
               for x in (given, later)]
-    assert difference(found, model(*inputs[0], repulsion=Repulsion(strength=1.0), groups=4)) < 1e-4
-    assert difference(found, model(*inputs[0])) > 1e-3
-    assert difference(typical, model(*inputs[1])) < 1e-5
+    assert difference(found, model(*inputs[0], repulsion=Repulsion(strength=1.0), groups=4)) < EQUAL
+    assert difference(found, model(*inputs[0])) > OTHER
+    assert difference(typical, model(*inputs[1])) < EQUAL
 
 
 # ---- what it leaves behind
