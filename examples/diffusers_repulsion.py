@@ -69,9 +69,9 @@ class RepelledCall:
         scheduler, context, model = self.pipe.scheduler, kwargs["encoder_hidden_states"], self.model
         last, self.last = self.last, (scheduler.timesteps, scheduler.step_index)  # each run makes new timesteps
         unconditional = not self.one_call and last is not None and last[0] is self.last[0] and last[1] == self.last[1]
-        step = ((scheduler.step_index or 0) - (scheduler.begin_index or 0)) // scheduler.order
-        only_last = self.repulsion.branches == "conditional"
-        if not self.repulsion.acts_at(step) or (only_last and unconditional):
+        begin, index = scheduler.begin_index or 0, scheduler.step_index or scheduler.begin_index or 0
+        step, only_last = (index - begin) // scheduler.order, self.repulsion.branches == "conditional"
+        if not self.repulsion.acts_at(step, scheduler.sigmas[index].item()) or (only_last and unconditional):
             return self.call(*args, **kwargs)
 
         if getattr(model, "is_cache_enabled", False) or getattr(model, "_parallel_config", None) is not None:

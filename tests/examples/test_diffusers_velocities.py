@@ -93,6 +93,7 @@ CASES = {
 @pytest.mark.parametrize("settings", [
     {}, {"branches": "conditional", "start": 1, "blocks": (0, 3), "iterations": 3},
     {"single_stream_tokens": "context", "blocks": "middle", "strength": 4.0}, {"single_stream_tokens": "none"},
+    {"until": 0.6},
 ], ids=lambda settings: ", ".join(settings) or "defaults")  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
 def test_every_velocity_is_ours_with_the_same_weights(tmp_path, case, settings):
@@ -107,7 +108,7 @@ def test_every_velocity_is_ours_with_the_same_weights(tmp_path, case, settings):
         step, conditional = i // branches, i % branches == 0
         assert difference(*given["encoder_hidden_states"][1:3]) > 0.1 or not conditional  # of two prompts
         found, typical = found[:, :24], our_velocity(model, given, references)  # without the references' tokens
-        if repulsion.acts_at(step) and (conditional or repulsion.branches == "all"):
+        if repulsion.acts_at(step, given["timestep"][0].item()) and (conditional or repulsion.branches == "all"):
             pushed = replace(repulsion, branches="all")
             assert difference(found, our_velocity(model, given, references, repulsion=pushed, groups=2)) < EQUAL
             assert difference(found, typical) > OTHER
