@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--variant", metavar="NAME", help="public checkpoint whose settings count: flux1-kontext-dev, …")
     m.add_argument("--shift", type=float, metavar="S", help="of the schedule (default: the checkpoint's)")
     m.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; or one block")
+    m.add_argument("--compile", action="store_true", help="compiles the blocks: a minute at first, then faster steps")
     m.add_argument("--keep-float8", action="store_true", help="keeps float8 weights in float8, in half the memory")
     o = p.add_argument_group("output")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")

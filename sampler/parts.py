@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mmdit import MMDiT
 from weights import Stored
 
 
@@ -77,6 +78,19 @@ def stream_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype | N
     for name, stay in blocks.items():
         setattr(model, name, StreamedBlocks(stay, device, dtype))
     return model
+
+
+def compile_blocks(model: MMDiT) -> MMDiT:
+    """The model with compiled blocks: all of a kind share one graph. A block that pushes runs uncompiled, since the
+    push is arithmetic of numpy on B × B matrices."""
+    for block in (*model.dual_blocks, *model.single_blocks):
+        block.forward = partial(run_compiled, block.forward, torch.compile(block.forward))
+    return model
+
+
+def run_compiled(eager: Callable, compiled: Callable, *inputs: Tensor | Callable | None) -> Tensor | tuple:
+    """The result of a block, whose last input is its push or None."""
+    return (eager if inputs[-1] else compiled)(*inputs)
 
 
 def load_streamed(stored: Stored, dtype: torch.dtype, device: torch.device, keep_float8: bool) -> nn.Module:

@@ -19,7 +19,7 @@ from .conditioning import ChatEncoder, TextEncoders, find_text_encoders
 from .defaults import check_fit, find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
 from .methods import Method
-from .parts import Part, finite, load_streamed
+from .parts import Part, compile_blocks, finite, load_streamed
 from .references import read_references
 from .schedule import Schedule, starting_noise
 
@@ -45,7 +45,8 @@ class Pipeline:
              device: str | torch.device | None = None, *, transformer: str | Path | None = None,
              autoencoder: str | Path | None = None, text_encoders: Sequence[str | Path] | None = None,
              tokenizers: str | Path | None = None, variant: str | None = None, shift: float | None = None,
-             offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False) -> "Pipeline":
+             offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False,
+             compile: bool = False) -> "Pipeline":
         """The pipeline of a bundled checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
         files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
@@ -56,12 +57,15 @@ class Pipeline:
         checkpoint whose settings count, `shift` the schedule's. `offload`: "parts", text encoders, transformer and
         autoencoder are in memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in
         the CPU's memory, in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8
-        weights in float8 and widens them as they are used.
+        weights in float8 and widens them as they are used. `compile`: the transformer's blocks are compiled when they
+        first run, which takes a minute and a C++ compiler.
         Raises FileNotFoundError for a part that is not there or was refused, with the reason, and
         `weights.CheckpointError` (a ValueError) for a file of another model, and for parts that do not fit together.
         """
         if offload not in (None, "parts", "blocks"):
             raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
+        if compile and offload == "blocks":
+            raise ValueError("compile needs blocks that stay on the device: leave it out, or offload parts")
         if name_or_path is None and transformer is None:
             name_or_path = "tiny-sd3"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,8 +86,9 @@ class Pipeline:
             usual = dtype or network.dtype
             narrow = usual == torch.float16 and (dtype or role in ("t5", "text"))
             encoders[role] = Part(partial(load, network, dtype=torch.bfloat16 if narrow else usual), free)
+        load_main = partial(load, main, dtype=dtype or main.dtype)
         text = find_text_encoders(found, encoders, main.config.context_dim, settings.prompt_tokens)
-        return cls(transformer=Part(partial(load, main, dtype=dtype or main.dtype), free),
+        return cls(transformer=Part(lambda: compile_blocks(load_main()) if compile else load_main(), free),
                    autoencoder=Part(partial(vae.load, dtype or wide, device), free), text=text, config=main.config,
                    downscale=vae.config.downscale, schedule=find_schedule(found, settings, shift), defaults=settings,
                    dtype=dtype or main.dtype, device=device,

@@ -1,0 +1,101 @@
+"""One forward pass against diffusers' with the same weights: `python -m benchmarks.forward [--compile]`.
+
+Random transformers of the shapes of FLUX.1, SD3 and FLUX.2, at a quarter of their width and fewer blocks, 256 context
+and 1024 image tokens, in float32 and bfloat16. Ours, ours with compiled blocks, and diffusers alternate in one process,
+so that a noisy machine disturbs all alike; medians and their ratios are printed. Whole runs of the bundled checkpoints
+against diffusers' pipelines on the same folders come last. Needs `pip install -c constraints.txt -e ".[test]"`.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from sampler import Pipeline
+from sampler.parts import compile_blocks
+from weights import BUNDLED, load_transformer
+
+from .solver import milliseconds, show
+
+HEADS = {"num_attention_heads": 6, "attention_head_dim": 128}
+FLUX1 = diffusers.FluxTransformer2DModel, {**HEADS, "num_layers": 2, "num_single_layers": 4, "in_channels": 64,
+                                           "joint_attention_dim": 512, "pooled_projection_dim": 256}
+SD3 = diffusers.SD3Transformer2DModel, {
+    "num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 6, "in_channels": 16, "out_channels": 16,
+    "sample_size": 64, "joint_attention_dim": 512, "caption_projection_dim": 768, "pooled_projection_dim": 256,
+    "pos_embed_max_size": 96, "qk_norm": "rms_norm"}
+FLUX2 = diffusers.Flux2Transformer2DModel, {**HEADS, "num_layers": 2, "num_single_layers": 4, "in_channels": 128,
+                                            "joint_attention_dim": 512, "guidance_embeds": False}
+MODELS = {"FLUX.1": FLUX1, "SD3": SD3, "FLUX.2": FLUX2}
+SIDE, CONTEXT = 32, 256  # patches, tokens
+
+
+def inputs(config, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Latent, σ, context, pooled vector of one picture, for ours."""
+    side = SIDE * config.patch_size
+    pooled = None if config.pooled_dim is None else torch.randn(1, config.pooled_dim, dtype=dtype)
+    return (torch.randn(1, config.latent_channels, side, side, dtype=dtype), torch.full((1,), 0.5, dtype=dtype),
+            torch.randn(1, CONTEXT, config.context_dim, dtype=dtype), pooled)
+
+
+def theirs(model: nn.Module, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor | None) -> Callable:
+    """The same call of diffusers' transformer: a sequence of patches and their positions, or SD3's latent."""
+    if isinstance(model, diffusers.SD3Transformer2DModel):
+        return lambda: model(latent, context, pooled, 1000 * sigma)
+    flux2 = isinstance(model, diffusers.Flux2Transformer2DModel)
+    tokens = torch.randn(1, SIDE * SIDE, model.config.in_channels, dtype=latent.dtype)
+    axes = 4 if flux2 else 3
+    picture, text = torch.zeros(SIDE, SIDE, axes), torch.zeros(CONTEXT, axes)
+    picture[..., 1], picture[..., 2] = torch.arange(SIDE)[:, None], torch.arange(SIDE)
+    more = {} if flux2 else {"pooled_projections": pooled}
+    return lambda: model(hidden_states=tokens, encoder_hidden_states=context, timestep=sigma, txt_ids=text,
+                         img_ids=picture.flatten(0, 1), **more)
+
+
+def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool) -> list[str]:
+    """A row: milliseconds of diffusers' forward pass, and ours, eager and compiled, relative to it."""
+    kind, sizes = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        model = kind(**sizes).to(dtype).eval()
+        model.save_pretrained(folder)
+        ours = [load_transformer(folder) for _ in range(1 + compiled)]
+        given = inputs(ours[0].config, dtype)
+        if compiled:
+            compile_blocks(ours[1])
+        calls = [theirs(model, *given), *(lambda ours=ours: ours(*given) for ours in ours)]
+        with torch.no_grad():
+            base, *found = milliseconds(runs, *calls)
+    return [name, str(dtype).removeprefix("torch."), f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
+
+
+def whole_run(name: str, runs: int, compiled: bool) -> list[str]:
+    """A row: a run of 8 pictures of a bundled checkpoint by diffusers, and ours relative to it."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(BUNDLED[name], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    ours = [Pipeline.load(name, compile=compile) for compile in (False, True)[: 1 + compiled]]
+    defaults = ours[0].defaults
+    call = {"prompt": "a circle", "num_images_per_prompt": 8, "num_inference_steps": defaults.steps,
+            "height": defaults.height, "width": defaults.width, "max_sequence_length": 24}
+    call |= {} if defaults.guidance is None else {"guidance_scale": defaults.guidance}
+    base, *found = milliseconds(runs, lambda: pipe(**call), *(lambda ours=ours: ours("a circle", 8) for ours in ours))
+    return [name, "float32", f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="ours compiled as well; needs a C++ compiler")
+    parser.add_argument("--rows", nargs="+", choices=[*MODELS, *BUNDLED], default=[*MODELS, *BUNDLED])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [compare(name, dtype, args.runs, args.compile) for name in args.rows if name in MODELS
+            for dtype in (torch.float32, torch.bfloat16)]
+    rows += [whole_run(name, args.runs, args.compile) for name in args.rows if name in BUNDLED]
+    show(" | ".join(["", "dtype", "diffusers, ms", "ours", *["ours, compiled"][: args.compile]]), rows)
+
+
+if __name__ == "__main__":
+    main()

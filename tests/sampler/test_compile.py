@@ -1,0 +1,37 @@
+"""Compiled blocks: the same latents, one graph for all blocks of a kind, pushes among them."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from repulsion import Repulsion
+from sampler import Pipeline
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The number of graphs since the test began. They are captured as always, and run as they are: generating C++ of
+    them takes a minute and is torch's own affair."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("tiny-sd3", 2), ("tiny-flux", 2)])  # SD3's last block has no context
+def test_blocks_of_a_kind_share_a_graph_and_paint_the_same(name, kinds, graphs):
+    call = {"prompt": "a circle", "images": 2, "steps": 3, "decode": False}
+    compiled, plain = Pipeline.load(name, compile=True), Pipeline.load(name)
+    for repulsion in (None, Repulsion(strength=1.0, steps=2, blocks=(0, 7))):
+        found, expected = (pipeline(**call, repulsion=repulsion)[0] for pipeline in (compiled, plain))
+        # three steps in float32, whose operations are the same
+        assert (found - expected).norm() / expected.norm() < 1e-6
+    assert graphs() == kinds and not counters["graph_break"]
+
+
+def test_blocks_that_are_copied_one_by_one_are_not_compiled():
+    with pytest.raises(ValueError, match="compile needs blocks that stay on the device"):
+        Pipeline.load("tiny-sd3", compile=True, offload="blocks")
