@@ -41,8 +41,8 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
 
     strength or scale 0 and a group of one return the tokens unchanged. Samples that coincide cannot be told apart: they
     move alike, and where all coincide, none moves. A zero vector has no cosine: it stays zero and repels no sample,
-    except under "spread", which moves it like any other. Raises ValueError for no tokens, NaN or infinite tokens, a batch that
-    is no multiple of `groups`, settings out of range, and a push that exceeds the range of the tokens' dtype.
+    except under "spread", which moves it like any other. Raises ValueError for no tokens, NaN or infinite tokens, a
+    batch that is no multiple of `groups`, settings out of range, and a push beyond the range of the tokens' dtype.
     """
     check_settings(strength, scale, iterations, objective, kernel_reg, solver)
     if tokens.ndim != 3 or not tokens.numel() or groups < 1 or len(tokens) % groups or not tokens.is_floating_point():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.scale import push_bytes, pushed_tokens, push_operations, row, step_operations
+from benchmarks.scale import push_bytes, push_operations, pushed_tokens, row, step_operations
 from mmdit import MMDiTConfig
 from repulsion import repel
 
