@@ -7,6 +7,7 @@ its length, the number of steps, τ and the window.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ class CNO(Method):
     """Steps down Σ_i [γ log Σ_{j≠i} exp(cos(z_i, z_j) / τ) − cos(z_i, z_i⁰) / τ] on the noise.
 
     γ = 1 / (τ log(B − 1) + 1). z_i is the predicted picture x̂₀ = x − σ v, averaged over windows, and z_i⁰ that of the
-    noise as it was drawn. v
-    counts as a constant, so that nothing is propagated back through the transformer.
+    noise as it was drawn. v counts as a constant, so that nothing is propagated back through the transformer.
 
     strength: length of all steps together, over that of the noise
     iterations: the number of steps; each takes as long as a step of sampling
@@ -34,6 +34,7 @@ class CNO(Method):
     iterations: int = 3
     temperature: float = 0.1
     window: int = 2
+    ranges: ClassVar = {"iterations": (1, math.inf), "temperature": (1e-3, math.inf), "window": (1, math.inf)}
 
     def denoise(self, velocity: Velocity, noise: Tensor, sigmas: Tensor, progress: str | None = None) -> Tensor:
         """The sampling loop, from optimized noise."""
@@ -45,16 +46,16 @@ class CNO(Method):
         """The noise (b, c, H, W) after all steps."""
         x, length, first = noise, noise.flatten(1).norm(dim=1)[:, None, None, None], None
         for _ in range(self.iterations):
-            predicted = x - sigma * velocity(x, sigma, 0)
+            predicted = (x - sigma * velocity(x, sigma, 0)).cpu().double()  # where samples are alike, cosines need it
             first = predicted if first is None else first
             with torch.enable_grad():
                 predicted = predicted.detach().requires_grad_()
                 loss = contrastive(*(F.avg_pool2d(y, self.window, ceil_mode=True) for y in (predicted, first)),
                                    self.temperature)
                 (gradient,) = torch.autograd.grad(loss, predicted)
-            if not gradient.norm() > 0:  # all coincide: no direction to leave in
+            if not gradient.norm() * predicted.norm() > 1e-9:  # all coincide: no direction to leave in
                 break
-            x = x - self.strength / self.iterations * x.norm() / gradient.norm() * gradient
+            x = x - self.strength / self.iterations * x.norm() * (gradient / gradient.norm()).to(x)
             x = x * length / x.flatten(1).norm(dim=1)[:, None, None, None]
         return x
 

@@ -7,6 +7,7 @@ of its repulsive coupling: the same correlation for all pairs, at most the most 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,11 +25,7 @@ class CoupledNoise(Method):
     """
 
     strength: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.strength > 1:
-            raise ValueError(f"CoupledNoise's strength must be a number from 0 to 1, got {self.strength}")
+    ranges: ClassVar = {"strength": (0, 1)}
 
     def noise(self, draw: Callable[[int], Tensor], images: int) -> Tensor:
         noise, s, others = draw(images), self.strength, images - 1

@@ -4,8 +4,10 @@ Kwon et al., "Breaking the Lock-in: Diversifying Text-to-Image Generation via Re
 arXiv:2606.06813. Our reading of the abstract and of second-hand reports: that block 1 is counted from 0.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class DAVE(Inside):
     strength: float = 0.5
     block: int = 1
     share: float = 1 / 7
+    ranges: ClassVar = {"block": (0, math.inf), "share": (0, 1)}
 
     def blocks(self, count: int) -> tuple[int, ...]:
         return (self.block,)

@@ -6,8 +6,10 @@ so that a strength means the same in every model (published: 30 steps of length 
 block runs again with the text that entered it; τ.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from repulsion.repel import gram_matrix
+from repulsion.solvers import PARALLEL
 
 from .inside import Inside, Place
 
@@ -39,6 +42,8 @@ class FeatureSelfGuidance(Inside):
     mix: float = 0.4
     iterations: int = 30
     temperature: float = 0.1
+    ranges: ClassVar = {"block": (0, math.inf), "until": (0, 1), "mix": (0, 1), "iterations": (1, math.inf),
+                        "temperature": (1e-3, math.inf)}
 
     def blocks(self, count: int) -> tuple[int, ...]:
         return (self.block,)
@@ -77,4 +82,5 @@ def gradient_matrix(gram: np.ndarray, temperature: float) -> np.ndarray:
     outer = r[..., :, None] * r[..., None, :]
     weights = np.exp((gram * outer - 1) / temperature) * (1 - identity)
     weights = 2 / temperature * weights / weights.sum((-2, -1), keepdims=True)
+    weights = weights * (gram * outer < 1 - PARALLEL)  # no direction: of such a pair, rounding errors alone
     return weights * outer - identity * (r**2 * (weights * gram * outer).sum(-1))[..., None]

@@ -6,6 +6,7 @@ strength (the node's is absolute; it suggests 0.1 to 10 standard deviations), an
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class SeedVariance(Method):
 
     strength: float = 1.0
     share: float = 0.2
+    ranges: ClassVar = {"share": (0, 1)}
 
     def velocity(self, velocity: GuidedVelocity, sigmas: Tensor) -> Velocity:
         if self.strength == 0:
@@ -45,9 +47,9 @@ class SeedVariance(Method):
             context, pooled = condition(samples, sigma, step)
             y = context[-samples:].float()
             normal, coin = starting_noise(-1 - seed, samples, (2, *y.shape[1:])).to(y.device).unbind(1)
-            tokens = (y != 0).any(-1, keepdim=True)
-            std = y[tokens.expand_as(y)].std()
-            noise = self.strength * std * torch.erf(normal / math.sqrt(2)) * (coin > 0) * tokens
+            tokens = (y[0] != 0).any(-1)  # the same of each sample
+            noise = self.strength * y[0, tokens].std() * torch.erf(normal / math.sqrt(2)) * (coin > 0)
+            noise = noise * tokens[:, None]
             return torch.cat([context[:-samples], (y + noise).to(context.dtype)]), pooled
 
         return noised

@@ -5,8 +5,10 @@ Models", arXiv:2605.11494. Our reading: the first quarter of the blocks, fresh n
 same share; the length; in models of many steps, the first fifth of these.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class STRIDE(Inside):
     depth: float = 0.25
     share: float = 0.2
     components: int = 8
+    ranges: ClassVar = {"depth": (0, 1), "share": (0, 1), "components": (1, math.inf)}
 
     def blocks(self, count: int) -> range:
         return range(max(1, round(self.depth * count)))
