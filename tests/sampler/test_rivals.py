@@ -91,7 +91,7 @@ def entering(model, block, velocity, x):
     (FLUX, 0, 0), (FLUX, 1, 2), (FLUX, 2, 0), (FLUX, 2, 2), (SD3, 1, 0)])
 @pytest.mark.parametrize("streamed", [False, True])
 @torch.no_grad()
-def test_only_the_pictures_own_tokens_change_in_blocks_of_both_kinds_and_all_branches(kind, block, references, streamed):
+def test_the_pictures_own_tokens_change_in_blocks_of_both_kinds_and_all_branches(kind, block, references, streamed):
     model = small_model(**kind)
     if streamed:
         stream_blocks(model, torch.device("cpu"))
