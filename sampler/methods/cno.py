@@ -55,7 +55,7 @@ class CNO(Method):
                 (gradient,) = torch.autograd.grad(loss, predicted)
             if not gradient.norm() * predicted.norm() > 1e-9:  # all coincide: no direction to leave in
                 break
-            x = x - self.strength / self.iterations * x.norm() * (gradient / gradient.norm()).to(x)
+            x = x - self.strength / self.iterations * x.norm() * (gradient / gradient.norm()).float().to(x)
             x = x * length / x.flatten(1).norm(dim=1)[:, None, None, None]
         return x
 

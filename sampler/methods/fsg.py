@@ -57,7 +57,7 @@ class FeatureSelfGuidance(Inside):
         h = rearrange(image, "(g b) m d -> g b m d", b=place.samples)
         gram = gram_matrix(h.cpu() if h.device.type == "mps" else h)  # MPS has no float64
         mixing = torch.from_numpy(dispersion(gram, self.strength, self.iterations, self.temperature))
-        pushed = torch.einsum("gij, gjmd -> gimd", mixing.to(h.device, torch.float32), h.float())
+        pushed = torch.einsum("gij, gjmd -> gimd", mixing.float().to(h.device), h.float())
         moved = rearrange(h + pushed, "g b m d -> (g b) m d").to(image.dtype)
         return (1 - self.mix) * moved + self.mix * again(moved)
 

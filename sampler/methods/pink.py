@@ -1,7 +1,7 @@
 """Pink noise: a run starts from noise with more energy in low frequencies.
 
-Harrington et al., "It's Never Too Late: Noise Optimization for Collapse Recovery in Trained Diffusion Models",
-arXiv:2601.00090. Our reading: the exponent as strength, and the lowest frequency for the mean, whose own is 0.
+Harrington et al., arXiv:2601.00090, known to us from second-hand reports. Our reading: the exponent as strength, and
+for the mean, whose frequency is 0, the lowest other one.
 """
 
 from collections.abc import Callable

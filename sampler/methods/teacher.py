@@ -34,8 +34,8 @@ class TeacherFirst(Method):
 
     def check(self, guided: bool) -> None:
         if guided:
-            raise ValueError("TeacherFirst is for few-step models, which have no guidance: take tiny-turbo, or leave "
-                             "guidance out")
+            raise ValueError("TeacherFirst is for few-step models, which have no guidance: load one, such as "
+                             "tiny-turbo, and leave guidance out")
 
     def velocity(self, velocity: GuidedVelocity, sigmas: Tensor) -> Velocity:
         count, (start, end) = round(self.strength), sigmas[:2].tolist()

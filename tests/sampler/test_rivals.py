@@ -342,6 +342,13 @@ def test_seed_variance_has_one_noise_for_all_early_steps_that_depends_on_seed_an
     assert varied(0.5, pooled=False)[0][1] is None  # FLUX.2
 
 
+@pytest.mark.parametrize("method", [SeedVariance(), STRIDE()], ids=lambda method: type(method).__name__)
+def test_what_a_method_draws_follows_the_seed_of_the_run(pipeline, method):
+    call = {"prompt": "a ring", "images": 2, "steps": 4, "noise": starting_noise(0, 2, (6, 16, 16)), "method": method}
+    one, other = pipeline(**call, seed=1), pipeline(**call, seed=2)
+    assert same(one, pipeline(**call, seed=1)) and not same(one, other)
+
+
 # ---- first step from the teacher
 
 
