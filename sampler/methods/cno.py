@@ -30,7 +30,7 @@ class CNO(Method):
     window: side of the windows, in latents
     """
 
-    strength: float = 0.5
+    strength: float = 0.3
     iterations: int = 3
     temperature: float = 0.1
     window: int = 2

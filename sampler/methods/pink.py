@@ -20,7 +20,7 @@ class PinkNoise(Method):
     strength: a; 0 is white noise, 1 pink
     """
 
-    strength: float = 0.25
+    strength: float = 0.4
 
     def noise(self, draw: Callable[[int], Tensor], images: int) -> Tensor:
         white = draw(images)

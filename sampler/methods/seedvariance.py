@@ -28,7 +28,7 @@ class SeedVariance(Method):
     share: of the steps, from the first on, at least one
     """
 
-    strength: float = 1.0
+    strength: float = 2.0
     share: float = 0.2
     ranges: ClassVar = {"share": (0, 1)}
 

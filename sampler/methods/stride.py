@@ -31,7 +31,7 @@ class STRIDE(Inside):
     components: how many
     """
 
-    strength: float = 0.25
+    strength: float = 0.35
     depth: float = 0.25
     share: float = 0.2
     components: int = 8
