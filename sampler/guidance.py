@@ -56,6 +56,7 @@ class GuidedVelocity:
     weight: w of classifier-free guidance, v_uncond + w (v_cond − v_uncond); None without
     distilled: the guidance that a guidance-distilled model takes as an input; None for others
     references: latents (1, c, H', W') of the pictures to edit (Kontext: one, FLUX.2)
+    seed: that of the noise, for methods that draw more of it
     """
 
     transformer: Part
@@ -66,6 +67,7 @@ class GuidedVelocity:
     references: Sequence[Tensor] = ()
     repulsion: Repulsion | None = None
     skip_layers: SkipLayerGuidance | None = None
+    seed: int = 0
 
     def __call__(self, x: Tensor, sigma: float, step: int, guided: bool = True) -> Tensor:
         """x (b, c, H, W) at σ → the velocity, float32. Without `guided`, both guidances are 1: the prompt alone.

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-METHODS = ("cads", "particle", "sparke", "diverseflow", "interval", "sgi")  # the keys of `sampler.methods.METHODS`
+METHODS = ("cads", "particle", "sparke", "diverseflow", "interval", "sgi", "fsg", "dave", "stride", "coupled", "pink",
+           "seedvariance", "teacher", "cno")  # the keys of `sampler.methods.METHODS`
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
 In every joint attention of the model the text tokens of a sample attend to its image. In the first --repel-steps steps

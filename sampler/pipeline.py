@@ -166,7 +166,7 @@ class Pipeline:
             velocity = GuidedVelocity(
                 transformer=self.parts["transformer"], condition=method.condition(condition, seed), steps=steps,
                 weight=weight, distilled=guidance if self.config.guidance_embedding else None, references=references,
-                repulsion=repulsion, skip_layers=skip_layer_guidance,
+                repulsion=repulsion, skip_layers=skip_layer_guidance, seed=seed,
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         finite(latent, "the transformer", also=", or a lower guidance or strength")

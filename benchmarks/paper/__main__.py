@@ -22,8 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="size", action="store_const", const="small", default="full",
-                      help="three settings a method, fewer prompts: twenty minutes; the full run goes on from it")
-    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="four prompts: three minutes")
+                      help="three settings a method, fewer prompts: 25 minutes; the full run goes on from it")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="four prompts: five minutes")
     parser.add_argument("--models", nargs="+", choices=REGIMES, default=[m for m in REGIMES if m in BUNDLED])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: %(default)s)")
     parser.add_argument("--out", type=Path, help=f"folder for results (default: {RESULTS}, with --quick {QUICK})")

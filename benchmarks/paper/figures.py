@@ -18,7 +18,9 @@ COLORS = {  # one for each method, the same in every figure
     AS_SHIPPED: "#000000", "contextual repulsion": "#c1121f", "away from the mean": "#e5989b",
     "image-token repulsion": "#f4a261", "CADS": "#2a9d8f", "particle guidance": "#457b9d", "SPARKE": "#1d3557",
     "DiverseFlow": "#8d99ae", "group selection": "#7b2cbf", "lower guidance": "#6a994e",
-    "interval guidance": "#a7c957",
+    "interval guidance": "#a7c957", "Feature Self-Guidance": "#b5651d", "DAVE": "#bc6c25", "STRIDE": "#e9c46a",
+    "coupled noise": "#48cae4", "pink noise": "#ff8fab", "seed variance": "#52796f", "CNO": "#6d597a",
+    "first step from the teacher": "#adb5bd",
 }  # fmt: skip
 PRICES = {"adherence": "lost adherence, points of 100", "wrong_pixels": "more wrong pixels in a picture"}
 SHOWN = {"adherence": 12, "wrong_pixels": 250}  # the price at which a panel ends

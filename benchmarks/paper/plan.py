@@ -113,10 +113,20 @@ def push(model: str, where: dict = WHERE[0], **length: float) -> dict:
     return {**where, "iterations": 1, "steps": early(model), **length}
 
 
-def tried(method: str, names: str, first: list[tuple], others: Iterable[tuple]) -> list[dict]:
+def tried(method: str, names: str, first: Iterable[tuple], others: Iterable[tuple]) -> list[dict]:
     """The settings of a rival: `first` served best in earlier experiments, small sizes paint these alone."""
-    rows = [*first, *[row for row in others if row not in first]]
+    rows = [*(first := list(first)), *[row for row in others if row not in first]]
     return [{"method": method, **dict(zip(names.split(), row, strict=True))} for row in rows]
+
+
+STRENGTHS = {  # rivals with one setting: name → method, the strengths to try first, and all
+    "DAVE": ("dave", [0.5, 1.0, 1.5], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0]),
+    "STRIDE": ("stride", [0.25, 0.35, 0.5], [0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0]),
+    "coupled noise": ("coupled", [0.25, 0.5, 1.0], [round(twelfth / 12, 3) for twelfth in range(1, 13)]),
+    "pink noise": ("pink", [0.1, 0.2, 0.4], [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5]),
+    "seed variance": ("seedvariance", [1.0, 2.0, 3.0], [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0]),
+    "CNO": ("cno", [0.1, 0.3, 0.5], [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5]),
+}
 
 
 def fronts(model: str) -> dict[str, list[dict]]:
@@ -136,6 +146,10 @@ def fronts(model: str) -> dict[str, list[dict]]:
                              product([0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0])),
         "group selection": tried("sgi", "strength pruning", [(3.0, 0.25), (3.0, 0.5), (3.0, 0.9)],
                                  product([1.0, 3.0, 7.0, 15.0], [0.25, 0.5, 0.9])),
+        "Feature Self-Guidance": tried("fsg", "strength block", [(0.1, 1), (0.25, 1), (0.25, 2)],
+                                       product([0.05, 0.1, 0.25, 0.5, 1.0, 2.0], [1, 2])),
+        **{name: tried(method, "strength", product(first), product(others))
+           for name, (method, first, others) in STRENGTHS.items()},
     }
     if guided(model):
         above = pipeline_of(model).defaults.guidance - 1  # guidance 1 is the prompt alone
@@ -143,6 +157,9 @@ def fronts(model: str) -> dict[str, list[dict]]:
         found["lower guidance"] = [{"guidance": round(1 + above * twelfth / 12, 3)} for twelfth in twelfths]
         found["interval guidance"] = tried("interval", "strength low", [(0.1, 0.0), (0.2, 0.0), (0.4, 0.2)],
                                            product([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.0, 0.2]))
+    else:
+        found["first step from the teacher"] = tried("teacher", "strength weight", [(1.0, 3.0), (4.0, 3.0), (4.0, 1.0)],
+                                                     product([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 3.0]))
     return found
 
 

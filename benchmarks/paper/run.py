@@ -81,7 +81,7 @@ def costs(model: str, runs: int = COST_RUNS) -> list[dict]:
     One process, all its threads, nothing beside it; every method as it comes, repulsion as shipped.
     """
     settings = {"contextual repulsion": {"repulsion": {}}}
-    settings |= {name: {"method": name} for name in METHODS if name != "interval" or guided(model)}
+    settings |= {name: {"method": name} for name in METHODS if name != ("teacher" if guided(model) else "interval")}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
     for seed in range(-1, runs):  # the first time round warms up
         for name, setting in settings.items():

@@ -5,6 +5,7 @@ Models", arXiv:2404.07724.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,13 +26,7 @@ class IntervalGuidance(Method):
 
     strength: float = 0.3
     low: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.strength > 1:
-            raise ValueError(f"IntervalGuidance's strength must be a number from 0 to 1, got {self.strength}")
-        if not 0 <= self.low <= 1:
-            raise ValueError(f"IntervalGuidance's low must be a noise level from 0 to 1, got {self.low}")
+    ranges: ClassVar = {"strength": (0, 1), "low": (0, 1)}
 
     def check(self, guided: bool) -> None:
         if not guided:

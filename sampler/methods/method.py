@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,11 +23,16 @@ class Method:
     """
 
     strength: float = 0.0
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}  # field → the least and the most that it may be
 
     def __post_init__(self):
+        name = type(self).__name__
         if not (math.isfinite(self.strength) and self.strength >= 0):
-            name = type(self).__name__
             raise ValueError(f"{name}'s strength must be a finite number, 0 or more, got {self.strength}")
+        for field, (least, most) in self.ranges.items():
+            value, limits = getattr(self, field), f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            if not least <= value <= most:
+                raise ValueError(f"{name}'s {field} must be a number {limits}, got {value}")
 
     def check(self, guided: bool) -> None:
         """Raises ValueError for a call that the method cannot act in; `guided`: it has guidance of either kind."""

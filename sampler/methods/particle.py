@@ -5,6 +5,7 @@ Corso et al., "Particle Guidance: non-I.I.D. Diverse Sampling with Diffusion Mod
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,11 +26,7 @@ class ParticleGuidance(Steering):
 
     strength: float = 0.5
     low: float = 0.5
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.low <= 1:
-            raise ValueError(f"ParticleGuidance's low must be a noise level from 0 to 1, got {self.low}")
+    ranges: ClassVar = {"low": (0, 1)}
 
     def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
         if self.strength == 0 or sigma < self.low or len(x) == 1:

@@ -10,6 +10,8 @@ from benchmarks.paper.run import finished, paint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
 ROWS = finished(FOLDER / "groups.jsonl")
+# planned since these results were made: the next run of the experiments paints them, and this line goes
+NOT_YET = {*plan.STRENGTHS, "Feature Self-Guidance", "first step from the teacher"}
 
 
 def job_of(row):
@@ -20,7 +22,7 @@ def job_of(row):
 @pytest.mark.parametrize("model", plan.REGIMES)
 def test_every_group_that_was_planned_is_there_once(model):
     rows = [row for row in ROWS if row["model"] == model]
-    planned = {job.key for job in plan.jobs([model], plan.SIZES["small"])}
+    planned = {job.key for job in plan.jobs([model], plan.SIZES["small"]) if job.method not in NOT_YET}
     painted = [job_of(row).key for row in rows]
     assert len(painted) == len(set(painted)) and {*painted} == planned
 

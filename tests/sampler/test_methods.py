@@ -13,7 +13,22 @@ from test_pipeline import pixels
 from repulsion import Repulsion
 from sampler import __main__ as cli
 from sampler import options, program, starting_noise
-from sampler.methods import CADS, METHODS, SPARKE, DiverseFlow, GroupSelection, IntervalGuidance, ParticleGuidance
+from sampler.methods import (
+    CADS,
+    CNO,
+    DAVE,
+    METHODS,
+    SPARKE,
+    STRIDE,
+    CoupledNoise,
+    DiverseFlow,
+    FeatureSelfGuidance,
+    GroupSelection,
+    IntervalGuidance,
+    ParticleGuidance,
+    PinkNoise,
+    SeedVariance,
+)
 from sampler.methods.diverseflow import JITTER, log_likelihood_gradient
 from sampler.methods.method import CAP, Method, score_to_velocity
 from sampler.methods.particle import log_potential_gradient
@@ -211,9 +226,10 @@ def test_outside_the_interval_the_prompt_alone_is_read(pipeline):
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
 def test_strength_0_is_plain_sampling_and_more_is_not(pipeline, name, guidance):
     call = {"prompt": "a ring", "images": 3, "steps": 4, "guidance": guidance}
-    if name == "interval" and guidance == 1:
-        with pytest.raises(ValueError, match="IntervalGuidance needs guidance to limit"):
-            pipeline(**call, method=IntervalGuidance())
+    if (name, guidance) in (("interval", 1.0), ("teacher", 4.5)):
+        refusal = "needs guidance to limit" if guidance == 1 else "is for few-step models, which have no guidance"
+        with pytest.raises(ValueError, match=refusal):
+            pipeline(**call, method=METHODS[name]())
         return
     plain = pipeline(**call)
     assert same(pipeline(**call, method=METHODS[name](strength=0.0)), plain)
@@ -227,7 +243,7 @@ def test_a_method_acts_beside_repulsion(pipeline):
 
 
 def test_every_method_keeps_picture_i_whatever_the_batch_where_pictures_do_not_meet(pipeline):
-    for method in (CADS(), IntervalGuidance()):
+    for method in (CADS(), IntervalGuidance(), DAVE(), STRIDE(), PinkNoise(), SeedVariance()):
         four, two = (pixels(pipeline("a star", n, seed=3, steps=4, method=method)) for n in (4, 2))
         assert abs(four[:2] - two).max() <= 1  # float32 sums in another order
 
@@ -236,7 +252,13 @@ def test_every_method_keeps_picture_i_whatever_the_batch_where_pictures_do_not_m
     *(((method, {"strength": strength}), f"{method.__name__}'s strength must be a finite number, 0 or more")
       for method in (Method, *METHODS.values()) for strength in (-1.0, math.nan, math.inf)),
     ((CADS, {"start": 0.8}), "CADS's start and stop must be"), ((CADS, {"mix": 2}), "CADS's mix must be"),
-    ((ParticleGuidance, {"low": -0.1}), "ParticleGuidance's low must be a noise level"),
+    ((ParticleGuidance, {"low": -0.1}), "ParticleGuidance's low must be a number from 0 to 1, got -0.1"),
+    ((CoupledNoise, {"strength": 1.1}), "CoupledNoise's strength must be a number from 0 to 1"),
+    ((DAVE, {"block": -1}), "DAVE's block must be a number 0 or more"), ((DAVE, {"share": 2}), "DAVE's share must be"),
+    ((FeatureSelfGuidance, {"mix": math.nan}), "FeatureSelfGuidance's mix must be a number from 0 to 1, got nan"),
+    ((FeatureSelfGuidance, {"temperature": 0}), "FeatureSelfGuidance's temperature must be a number 0.001 or more"),
+    ((STRIDE, {"components": 0}), "STRIDE's components must be a number 1 or more"),
+    ((SeedVariance, {"share": -1}), "SeedVariance's share must be"), ((CNO, {"window": 0}), "CNO's window must be"),
     ((SPARKE, {"bandwidth": 0}), "SPARKE's bandwidth must be"), ((SPARKE, {"every": 0}), "SPARKE's every must be"),
     ((IntervalGuidance, {"strength": 1.1}), "IntervalGuidance's strength must be a number from 0 to 1"),
     ((IntervalGuidance, {"low": 2}), "IntervalGuidance's low must be"),
