@@ -24,8 +24,14 @@ def read(file: Path) -> dict[str, Tensor]:
         if file.suffix != ".npz":
             return load_file(file)
         with np.load(file) as arrays:
-            return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) for name, array in
-                    arrays.items()}
+            return {name: from_numpy(array) for name, array in arrays.items()}
     except (SafetensorError, zipfile.BadZipFile, zlib.error, AttributeError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): write it with safetensors or numpy.savez, arrays of "
                          "numbers only") from error
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """In the machine's order of bytes; two bytes without a type are bfloat16, which numpy has not and stores so."""
+    if array.dtype == "V2":
+        return torch.from_numpy(array.view("<i2").astype("i2")).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))

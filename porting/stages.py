@@ -1,213 +1,310 @@
-"""The tensors of a kit in the order of computation: name, formula, inputs and usual mistakes of each."""
+"""The tensors of a kit in the order of computation: name, stage, formula and inputs of each; and the run they are of."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from mmdit.trace import PARTS
+from repulsion import Repulsion
+from sampler import Pipeline
+from sampler.schedule import Schedule
+from weights import Stored, inspect_checkpoint, open_part
 
-from . import mistakes as m
-from .blocks import blocks, modulated, modulation
-from .entry import Cause, Entry, Tensors
-from .run import Run
+OBJECTIVES = {  # their derivatives by the density matrix
+    "vendi": "vendi", "dpp": "lambda x: x.inverse()",
+    "rke": "lambda x: -2 * x / (x * x).sum((1, 2))[:, None, None]", "cosine": "lambda x: -1 / (len(x[0]) - 1) + 0 * x",
+}
 
-BATCH = Cause("samples in another order: all of the first prompt, then all of the second")
+
+def networks(model: str) -> dict[str, Stored]:
+    """The networks of a checkpoint by role, none of them read yet."""
+    found = inspect_checkpoint(model, download=True)
+    return {role: open_part(part, family=found.family) for role, part in found.parts.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pictures of one prompt or several, each prompt's a group that repels, and all that they depend on."""
+
+    model: str
+    prompts: tuple[str, ...]  # with classifier-free guidance the negative one, which is empty, first
+    images: int  # of each prompt
+    steps: int
+    seed: int
+    guidance: float | None
+    height: int
+    width: int
+    branches: int  # 2 with classifier-free guidance
+    batch: str  # of each sample of the transformer's batch the row of its prompt: the unconditional branch first
+    samples: int  # their number
+    rows: int  # of patches in a picture
+    columns: int
+    context_tokens: int
+    repels_in: tuple[int, ...]  # the blocks, dual-stream blocks first
+    repulsion: Repulsion
+    schedule: Schedule
+    configs: dict[str, Any]  # of each network
+    tokens: dict[str, tuple[list[list[int]], int, int]]  # of each encoder: the prompts' ids, the pad token, the length
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, model: str, prompt: str | Sequence[str], images: int = 2, **given: Any) -> "Run":
+        """The call with the checkpoint's defaults where `given` is not; repulsion of strength 1 where there is none.
+
+        given: steps, seed, guidance, height, width, strength, iterations. Raises ValueError for a call without
+        repulsion: too few images or steps, or an objective that has no formula here.
+        """
+        usual, text, given = pipeline.defaults, pipeline.text, {x: y for x, y in given.items() if y is not None}
+        push = {name: given.pop(name) for name in ("strength", "iterations") if name in given}
+        r = replace(usual.repulsion or Repulsion(strength=1.0), **push, **({"scale": None} if "strength" in push else {}))
+        call = {x: getattr(usual, x) for x in ("steps", "guidance", "height", "width")} | {"seed": 0} | given
+        if images < 2 or call["steps"] <= r.start or r.objective not in OBJECTIVES:
+            raise ValueError(f"a kit of this checkpoint needs at least 2 images, which repel each other, at least "
+                             f"{r.start + 1} steps, since repulsion starts after {r.start}, and one of the objectives "
+                             f"{', '.join(OBJECTIVES)}: got {images}, {call['steps']} and {r.objective}")
+        configs = {role: stored.config for role, stored in networks(model).items()}
+        config, guided = configs["transformer"], text.family == "sd3" and (call["guidance"] or 0) > 1
+        prompts = [""] * guided + ([prompt] if isinstance(prompt, str) else [*prompt])
+        tokenizers = dict(zip(("clip_l", "clip_g"), (one for one, _ in text.clips), strict=False))
+        tokenizers |= {} if text.t5 is None else {"t5": text.t5[0]}
+        tokens, dual = {}, config.num_dual_blocks
+        for role, tokenizer in tokenizers.items():
+            n = text.t5_length if role == "t5" else tokenizer.length
+            rows = zip(tokenizer(prompts, n).tolist(), map(tokenizer.count, prompts), strict=True)
+            tokens[role] = [row[:count] for row, count in rows], tokenizer.pad_token, n
+        pictures = images * (len(prompts) - guided)
+        batch = [f"[0] * {pictures}"] * guided + [f"[{i}] * {images}" for i in range(guided, len(prompts))]
+        last = dual - config.context_ends_early if r.single_stream_tokens == "none" or config.context_ends_early else None
+        return cls(model, tuple(prompts), images, **call, branches=1 + guided, batch=" + ".join(batch),
+                   samples=pictures * (1 + guided), rows=call["height"] // pipeline.multiple,
+                   columns=call["width"] // pipeline.multiple, repulsion=r, schedule=pipeline.schedule, configs=configs,
+                   context_tokens=text.t5_length + (tokens["clip_l"][2] if text.family == "sd3" else 0), tokens=tokens,
+                   repels_in=tuple(i for i in range(config.num_blocks)[:last] if r.acts_in(i, config.num_blocks)))
+
+
+class Entry(NamedTuple):
+    """One tensor of a kit. Its formula is Python, of the functions in `formulas`; without one, `words` say what it is.
+
+    inputs: the kit's tensors that the variables of the formula stand for; place: of the weights w
+    """
+
+    name: str
+    stage: str
+    formula: str
+    inputs: dict[str, str]
+    place: str
+    words: str
+
+
+class Sheet:
+    """The entries of a run. A tensor that is added gets a variable, by which later formulas refer to it."""
+
+    def __init__(self, run: Run):
+        self.run, self.config, self.n = run, run.configs["transformer"], run.context_tokens
+        self.sd3, self.dual = self.config.position == "table", self.config.num_dual_blocks
+        self.entries, self.names, self.stage, self.place = [], {}, "", ""
+        self.text()
+        self.start()
+        for step in range(run.steps):
+            if here := step == run.repulsion.start:
+                self.transformer()
+            self.stage = "steps"
+            self.add("latent", f"latent.{step + 1}",
+                     f"latent + (sigmas[{step + 1}] - sigmas[{step}]) * guided" if here else "",
+                     "the same with the guided velocity of the latent before, by a new pass of the transformer",
+                     "latent sigmas states pooled")
+        self.image()
+
+    def add(self, variable: str, name: str, formula: str, words: str = "", inputs: str = "") -> None:
+        used = dict.fromkeys(re.findall(r"(?<![\w.])[A-Za-z]\w*", f"{formula} {inputs}"))
+        used |= {"modulation": None} if used.keys() & {*PARTS} else {}
+        known = {x: self.names[x] for x in used if x in self.names}
+        self.entries.append(Entry(name, self.stage, formula, known, self.place, words))
+        self.names[variable] = name
+
+    def text(self) -> None:
+        for role, (ids, pad, n) in self.run.tokens.items():
+            config, self.stage, self.place = self.run.configs[role], role, role
+            count, h = config.num_layers, config.num_heads
+            self.add("ids", f"{role}.ids", f"padded({ids}, {pad}, {n})")
+            if role == "t5":
+                more = f"{h}, t5_bias(w, {n}, {config.relative_buckets}, {config.relative_max_distance})"
+                self.add("first", "t5.layer_0", f"t5_layers(w.token_embedding.weight[ids], w, [0], {more})")
+                layers = f"t5_layers(first, w, range(1, {count}), {more})"
+                self.add("t5", "t5.states", f"rms_norm({layers}, 1e-6, w.final_norm)")
+                continue
+            more = f"{h}, {config.hidden_size // h} ** -0.5, {config.activation}"
+            embedded, before = f"w.token_embedding.weight[ids] + w.position_embedding.weight[:{n}]", "first, w, range(1"
+            self.add("first", f"{role}.layer_0", f"clip_layers({embedded}, w, [0], {more})")
+            if self.sd3:
+                self.add(role, f"{role}.penultimate", f"clip_layers({before}, {count - 1}), {more})")
+                before = f"{role}, w, range({count - 1}"
+            last = f"layer_norm(clip_layers({before}, {count}), {more}), 1e-5, w.final_norm)"
+            pooled = f"at_first({last}, ids == {config.end_token})"
+            projected = self.sd3 and config.projection_dim is not None
+            self.add(f"{role}_pooled", f"{role}.pooled", f"linear({pooled}, w.projection)" if projected else pooled)
+
+    def start(self) -> None:
+        run, s, dim, self.stage = self.run, self.run.schedule, self.config.context_dim, "start"
+        clips = [role for role in run.tokens if role != "t5"]
+        t5 = "t5" if "t5" in run.tokens else f"zeros({len(run.prompts)}, {self.n - run.tokens[clips[0]][2]}, {dim})"
+        wide = f"pad(cat([{', '.join(clips)}], -1), (0, {dim - sum(run.configs[role].hidden_size for role in clips)}))"
+        self.add("states", "context", f"cat([{wide}, {t5}], 1)" if self.sd3 else t5)
+        self.add("pooled", "pooled", f"cat([{', '.join(f'{role}_pooled' for role in clips)}], -1)")
+        self.add("latent", "noise", "", "standard normal: take it from the kit, no other library draws it from a seed")
+        if self.sd3:
+            levels = f"cat([shifted(line(1, shifted(0.001, {s.shift}), {run.steps}), {s.shift}), zeros(1)])"
+        else:
+            slope = f"({s.max_shift} - {s.base_shift}) / ({s.max_image_seq_len} - {s.base_image_seq_len})"
+            shift = f"exp({s.base_shift} + {slope} * ({run.rows * run.columns} - {s.base_image_seq_len}))"
+            levels = f"shifted(line(1, 0, {run.steps + 1}), {shift if s.shift is None else s.shift})"
+        self.add("sigmas", "sigmas", levels)
+
+    def transformer(self) -> None:
+        run, config, p, self.stage, self.place = self.run, self.config, self.config.patch_size, "embedding", "transformer"
+        sizes = f"{run.rows}, {run.columns}"
+        self.add("time", "time_in.in", f"features(1000 * sigmas[{run.repulsion.start}]).expand({run.samples}, -1)")
+        vector = f"mlp(time, w.time_in, silu) + mlp(pooled[{run.batch}], w.pooled_in, silu)"
+        if config.guidance_embedding:
+            self.add("guidance", "guidance_in.in",
+                     f"features(1000 * torch.tensor({float(run.guidance)})).expand({run.samples}, -1)")
+            vector += " + mlp(guidance, w.guidance_in, silu)"
+        self.add("vector", "dual.0.vector.in", vector)
+        self.add("context_in", "context_in.out", f"linear(states[{run.batch}], w.context_in)")
+        self.add("patches_in", "image_in.in", f"patches(latent.repeat({run.branches}, 1, 1, 1), {p})")
+        self.add("image_in", "image_in.out", "linear(patches_in, w.image_in)")
+        if not self.sd3:
+            self.add("angles", "dual.0.rope.in", f"rope({self.n}, {sizes}, {config.rope_axes}, {config.rope_theta})")
+        self.add("context", "dual.0.context.in", "context_in")
+        table = f" + middle_of(w.position_table, {sizes})" * self.sd3
+        self.add("image", "dual.0.image.in", f"image_in{table}")
+        for i in range(self.dual):
+            self.dual_block(i)
+        for i in sorted({0, config.num_single_blocks - 1} if config.num_single_blocks else ()):
+            self.single_block(i)
+        self.stage, self.place = "velocity", "transformer"
+        self.add("modulation", "final_modulation", "chunks(linear(silu(vector), w.final_modulation), 2)")
+        image = f"tokens[:, {self.n}:]" if config.num_single_blocks else "image"
+        self.add("normed", "image_out.in", f"(1 + scale) * layer_norm({image}, 1e-6) + shift")
+        self.add("patches_out", "image_out.out", "linear(normed, w.image_out)")
+        half, both = run.samples // 2, f"picture(patches_out, {p}, {run.rows})"
+        for branch, part in (("unconditional", f":{half}"), ("conditional", f"{half}:"))[-run.branches :]:
+            self.add(branch, f"velocity.{branch}", both + f"[{part}]" * (run.branches > 1))
+        self.add("guided", "velocity.guided", "conditional" if run.branches == 1 else
+                 f"unconditional + {run.guidance} * (conditional - unconditional)")
+
+    def between(self, kind: str, i: int, names: Sequence[str]) -> None:
+        """The inputs of a later block."""
+        for x in names if i else ():
+            self.add(f"next_{x}", f"{kind}.{i}.{x}.in", "", f"what leaves {kind}.{i - 1}, computed as {kind}.0 is, by the "
+                     f"blocks from 1 on; repulsion acts in the blocks {self.run.repels_in}", " ".join([*names, "vector"]))
+        self.names |= {x: f"{kind}.{i}.{x}.in" for x in names}
+
+    def projected(self, x: str, tokens: str, w: str) -> str:
+        """q, k or v of a stream: (b, h, n, k), q and k normalized."""
+        split = f"heads(linear({tokens}, {w}.{x}), {self.config.num_heads})"
+        return f"rms_norm({split}, 1e-6, {w}.norm_{x})" if x != "v" and self.config.qk_norm else split
+
+    def attention(self, block: str, streams: dict[str, str]) -> None:
+        """`streams`: of the normalized tokens' variables the weights of the projections. v, the plain one, first."""
+        for x in "vqk":
+            parts = [self.projected(x, tokens, w) for tokens, w in streams.items()]
+            formula = parts[0] if len(parts) == 1 else f"cat([{', '.join(parts)}], 2)"
+            self.add(x, f"{block}.attention.{x}", formula if x == "v" or self.sd3 else f"rotate({formula}, angles)")
+        self.add("attended", f"{block}.attention.attended", f"attend(q, k, v, {self.config.head_dim} ** -0.5)")
+
+    def dual_block(self, i: int) -> None:
+        config, n, block, streams = self.config, self.n, f"dual.{i}", ("context", "image")
+        self.stage, self.place = block, f"transformer.dual_blocks.{i}"
+        if 0 < i < self.dual - 1:
+            if i == self.run.repels_in[0]:
+                self.push(block, i, "", words=f"the context that leaves the attention of {block}")
+            return
+        second = i in config.dual_attention_blocks
+        kept = streams[config.context_ends_early and i == self.dual - 1 :]  # SD3 drops the last block's context
+        self.between("dual", i, streams)
+        for x in streams:
+            parts = 2 if x not in kept else 9 if second and x == "image" else 6
+            self.add("", f"{block}.{x}.modulation", f"chunks(linear(silu(vector), w.{x}.modulation), {parts})")
+        for x in streams:
+            self.names["modulation"] = f"{block}.{x}.modulation"
+            self.add(f"{x}_normed", f"{block}.attention.{x}.in", f"(1 + scale) * layer_norm({x}, 1e-6) + shift")
+        self.attention(block, {f"{x}_normed": f"w.attention.{x}" for x in streams})
+        for x in kept:
+            part = f":{n}" if x == "context" else f"{n}:"
+            formula = f"linear(joined(attended[:, :, {part}]), w.attention.{x}.out)"
+            if x == "context" and i in self.run.repels_in:
+                formula = self.push(block, i, formula)
+            self.add(f"{x}_attended", f"{block}.attention.{x}.out", formula)
+        if second:
+            self.add("second_normed", f"{block}.image_attention.in",
+                     "(1 + second_scale) * layer_norm(image, 1e-6) + second_shift")
+            q, k, v = (self.projected(x, "second_normed", "w.image_attention") for x in "qkv")
+            self.add("second", f"{block}.image_attention.out", f"linear(joined(attend({q}, {k}, {v}, "
+                     f"{config.head_dim} ** -0.5)), w.image_attention.out)")
+        for x in kept[::-1]:
+            self.names["modulation"] = f"{block}.{x}.modulation"
+            y = f"{x} + gate * {x}_attended" + " + second_gate * second" * (second and x == "image")
+            self.add("mlp_in", f"{block}.{x}.mlp.in", f"(1 + mlp_scale) * layer_norm({y}, 1e-6) + mlp_shift")
+            self.add("inner", f"{block}.{x}.mlp.in_layer.out", f"linear(mlp_in, w.{x}.mlp.in_layer)")
+            self.add("active", f"{block}.{x}.mlp.activation.out", "gelu_tanh(inner)")
+            self.add("mlp_out", f"{block}.{x}.mlp.out", f"linear(active, w.{x}.mlp.out_layer)")
+            self.add(f"next_{x}", f"{block}.{x}.out", f"{y} + mlp_gate * mlp_out")
+        self.names |= {x: f"{block}.{x}.out" for x in kept}
+
+    def single_block(self, i: int) -> None:
+        block, attended, number = f"single.{i}", "joined(attended)", self.dual + i
+        self.stage, self.place = block, f"transformer.single_blocks.{i}"
+        if i:
+            self.between("single", i, ("tokens",))
+        else:
+            self.add("tokens", f"{block}.tokens.in", "cat([context, image], 1)")
+        self.add("modulation", f"{block}.modulation", "chunks(linear(silu(vector), w.modulation), 3)")
+        self.add("normed", f"{block}.linear_in.in", "(1 + scale) * layer_norm(tokens, 1e-6) + shift")
+        self.attention(block, {"normed": "w"})
+        if number in self.run.repels_in:
+            context = self.run.repulsion.single_stream_tokens == "context"
+            attended = self.push(block, number, attended, f"[:, :{self.n}]" * context)
+        self.add("inner", f"{block}.activation.in", "linear(normed, w.mlp)")
+        self.add("active", f"{block}.activation.out", "gelu_tanh(inner)")
+        self.add("both", f"{block}.linear_out.in", f"cat([{attended}, active], -1)")
+        self.add("tokens", f"{block}.tokens.out", "tokens + gate * linear(both, w.linear_out)")
+
+    def push(self, block: str, number: int, formula: str, tokens: str = "", words: str = "") -> str:
+        """The tokens C before and after the push of a block; for the first that repels also what is in between.
+        `tokens` is the index of those that are pushed, where not all are. Returns the variable of the result."""
+        run, r, self.stage = self.run, self.run.repulsion, f"{block}.repulsion"
+        halved, first = run.branches == 2 and r.branches == "conditional", number == run.repels_in[0] < self.dual
+        moving = "C" + f"[{run.samples // 2}:]" * halved + tokens
+        amount = f"{r.strength} / {r.iterations} * norm(gram) / norm(moved)" if r.scale is None else f"{r.scale} / {r.iterations}"
+        settings = f"{OBJECTIVES[r.objective]}, {r.kernel_reg}"
+        gram = f"gram({moving}, {run.samples // (1 + halved) // run.images})"
+        mixing = f"mixing({'G' if first else gram}, {settings}, {r.iterations}, lambda gram, moved: {amount})"
+        self.add("C", f"{self.stage}.in", formula, words, "attended")
+        if first:
+            self.add("G", f"{self.stage}.gram", gram)
+            self.add("K", f"{self.stage}.kernel", "kernel(G)")
+            self.add("", f"{self.stage}.spectrum", f"eigvalsh(density(K, {r.kernel_reg}))")
+            self.add("", f"{self.stage}.gradient", f"mixed(gradient_matrix(G, {settings}), {moving})")
+            self.add("E", f"{self.stage}.mixing", mixing)
+        moved = f"{moving} + mixed({'E' if first else mixing}, {moving})"
+        moved = f"cat([{moved}, C[:, {self.n}:]], 1)" if tokens else moved
+        self.add("pushed", f"{self.stage}.out", f"cat([C[:{run.samples // 2}], {moved}])" if halved else moved)
+        self.stage = block
+        return "pushed"
+
+    def image(self) -> None:
+        config, self.stage, self.place = self.run.configs["autoencoder"], "image", "autoencoder.decoder"
+        groups, levels = config.norm_groups, len(config.channels)
+        self.add("x", "decoder.in", f"latent / {config.scaling} + {config.shift}")
+        self.add("x", "decoder.middle.out", f"middle(conv(x, w.conv_in), w.middle, {groups})")
+        for i in range(levels):
+            more = f"{groups}, {config.blocks_per_level + 1}, {i < levels - 1}"
+            self.add("x", f"decoder.levels.{i}.out", f"level(x, w.levels[{i}], {more})")
+        self.add("image", "image", f"conv(silu(group_norm(x, {groups}, w.norm_out)), w.conv_out)")
+        self.add("pixels", "pixels", "((image.clip(-1, 1) + 1) * 127.5).round().movedim(1, -1)")
 
 
 def entries(run: Run) -> list[Entry]:
-    """All tensors of a run's kit. Those inside the transformer are of the step `run.step`."""
-    steps = [*euler_steps(run)]
-    return [*text(run), *start(run), *steps[: run.step], *embedding(run), *blocks(run), *velocity(run),
-            *steps[run.step :], *image(run)]
-
-
-def latent_at(step: int) -> str:
-    """The name of the latent at the start of a step."""
-    return f"latent.{step}" if step else "noise"
-
-
-def text(run: Run) -> Iterator[Entry]:
-    sd3 = run.transformer.position == "table"
-    for role in run.encoders:
-        pad, formula = "that of tokenizer_config.json, or the end token", "start token, lower-cased words, end token"
-        if role == "t5":
-            pad, formula = "<pad>", "pieces, end token"
-        yield Entry(f"{role}.ids", "tokens", f"{formula}, padding; a row for each prompt", (), (
-            Cause(f"another pad token: it is {pad}", lambda k, own: m.other_pad(own, k["theirs"])),
-            Cause("start or end token: T5 has no start token, CLIP has both"),
-        ))
-    for role in run.encoders:
-        if role == "t5":
-            yield Entry("t5.states", "text encoders", "the last layer's states after the final norm", ("t5.ids",), (
-                Cause("scores divided by √k: T5 does not divide"), Cause("padding masked: T5 attends to it here"),
-                Cause("LayerNorm in place of RMSNorm, or its eps (1e-6)"), Cause("exact GELU: it is the tanh form"),
-                Cause("the buckets of key − query: half of them for keys after the query, one table for all layers"),
-            ))
-            continue
-        layers = (Cause("the activation, see config.json: quick_gelu is x · sigmoid(1.702 x), gelu is the exact GELU"),
-                  Cause("no causal mask: a token attends to itself and earlier ones"), Cause("LayerNorm's eps (1e-5)"))
-        if sd3:
-            yield Entry(f"{role}.penultimate", "text encoders", "the states that enter the last layer, not normalized",
-                        (f"{role}.ids",), (*layers, Cause("the last layer's states, or the final norm applied")))
-        yield Entry(f"{role}.pooled", "text encoders", "the last layer's state at the first end token, after the final "
-                    "norm" + ", projected (no bias)" * sd3, (f"{role}.ids",), (
-            Cause("taken at another token: it is the first end token"),
-            Cause("projected, or not: SD3's are, FLUX.1's is not"), *layers,
-        ))
-
-
-def start(run: Run) -> Iterator[Entry]:
-    clips = [role for role in run.encoders if role != "t5"]
-    if run.transformer.position == "table":
-        states = (*(f"{role}.penultimate" for role in clips), *(("t5.states",) if "t5" in run.encoders else ()))
-        formula = "the CLIPs' states concatenated along the width, zeros up to T5's width; then T5's tokens" + (
-            "" if "t5" in run.encoders else ", which are zeros")
-        yield Entry("context", "conditioning", formula, states, (
-            Cause("T5's tokens before CLIP's", lambda k, own: own.roll(-k[states[0]].shape[1], 1)),
-            Cause("the CLIPs in the other order, or the zeros not at the end"),
-        ))
-    else:
-        yield Entry("context", "conditioning", "T5's states", ("t5.states",))
-    pooled = tuple(f"{role}.pooled" for role in clips)
-    yield Entry("pooled", "conditioning", "the pooled vectors of the CLIPs, concatenated", pooled, (
-        Cause("the CLIPs in the other order", lambda k, own: torch.cat([k[name] for name in pooled[::-1]], -1)),
-    ))
-    yield Entry("noise", "start", "standard normal: take it from the kit", (), (
-        Cause("other noise: no other library draws the same from a seed, so take the kit's"),
-    ))
-    times = torch.linspace(1, 0, run.steps + 1, dtype=torch.float64)
-    if run.transformer.position == "table":
-        formula = (f"s(t) = {run.shift:g} t / (1 + {run.shift - 1:g} t): s of {run.steps} evenly spaced times from 1 "
-                   "to s(1/1000), then 0")
-    else:
-        formula = f"s t / (1 + (s − 1) t) of {run.steps + 1} evenly spaced times t from 1 to 0, " + (
-            f"s = {run.shift:g}" if run.shift else "log s on a line from 0.5 at 256 image tokens to 1.15 at 4096")
-    unshifted = torch.cat([torch.linspace(1, 1e-3, run.steps, dtype=torch.float64), times[-1:]])
-    yield Entry("sigmas", "start", formula, (), (
-        Cause("σ not shifted", lambda k, own: times),
-        Cause("σ not shifted, its last but one 1/1000", lambda k, own: unshifted),
-        Cause("times that end at 0: SD3's end at the shifted 1/1000, are shifted again, and then comes 0",
-              lambda k, own: (run.shift or 1) * times / (1 + ((run.shift or 1) - 1) * times)),
-        Cause("σ in thousandths: it runs from 1 to 0", lambda k, own: 1000 * own),
-        Cause("σ rising: it falls", lambda k, own: own.flip(0)),
-    ))
-
-
-def time_causes(level: Callable[[Tensors], Tensor]) -> tuple[Cause, ...]:
-    """Mistakes in the features of a level, which is σ or the guidance."""
-    return (
-        Cause("sines before cosines", lambda k, own: own.roll(128, -1)),
-        Cause("σ for 1000 σ", lambda k, own: m.features(level(k), per_unit=1).expand_as(own)),
-        Cause("1000 σ times 1000", lambda k, own: m.features(level(k), per_unit=1e6).expand_as(own)),
-        Cause("1 − σ for σ", lambda k, own: m.features(1 - level(k)).expand_as(own)),
-        Cause("frequencies 10000^(−j/127): it is −j/128", lambda k, own: m.features(level(k), last=1).expand_as(own)),
-    )
-
-
-def embedding(run: Run) -> Iterator[Entry]:
-    config, latent = run.transformer, latent_at(run.step)
-    p, table, guided = config.patch_size, config.position == "table", config.guidance_embedding
-    yield Entry("time_in.in", "embedding", f"cos, then sin of 1000 σ · 10000^(−j/128), j = 0 … 127; σ = "
-                f"sigmas[{run.step}]", ("sigmas",), time_causes(lambda k: k["sigmas"][run.step, None]))
-    if guided:
-        yield Entry("guidance_in.in", "embedding", f"the same of 1000 · {run.guidance:g}, the guidance", (),
-                    time_causes(lambda k: torch.tensor([run.guidance])))
-    more = ("guidance_in.in",) if guided else ()
-    yield Entry("dual.0.vector.in", "embedding", "time_in(features) + pooled_in(pooled)" + " + guidance_in(features)"
-                * guided + ", each W SiLU(W x + b) + b", ("time_in.in", *more, "pooled"), (
-        Cause("another activation between the two layers, or none: it is SiLU"), BATCH,
-    ))
-    yield Entry("context_in.out", "embedding", "W context + b", ("context",), (BATCH,))
-    yield Entry("image_in.in", "embedding", "patches of the latent, row by row, each as (c p q)", (latent,), (
-        *(Cause(f"a patch's values as ({order}): they are (c p q)", lambda k, own, order=order:
-                m.patches(k[latent], order, p).repeat(len(run.prompts), 1, 1)) for order in ("p q c", "c q p")),
-        Cause("patches column by column: they go row by row"), BATCH,
-    ))
-    yield Entry("image_in.out", "embedding", "W patch + b", ("image_in.in",), (
-        Cause("the convolution's weight (d, c, p, p) flattened in another order than the patch: (c p q)"),
-    ))
-    if not table:
-        yield Entry("dual.0.rope.in", "embedding", "cos, then sin of the angles position · θ^(−2j/w), side by side for "
-                    f"the axes (picture, row, column) with w = {', '.join(map(str, config.rope_axes))}; j < w/2, "
-                    f"θ = {config.rope_theta}; the position of context tokens is 0, 0, 0", (), (
-            Cause("sin before cos", lambda k, own: own.flip(0)), Cause("rows and columns swapped"),
-            Cause("context tokens numbered: all are at position 0"), Cause("θ, or the axes"),
-        ))
-    yield Entry("dual.0.context.in", "embedding", "context_in.out", ("context_in.out",))
-    yield Entry("dual.0.image.in", "embedding", "image_in.out" + " + the middle rows × columns of the position table"
-                * table, ("image_in.out",), (
-        Cause("the position table cropped from its corner: it is cropped from its middle"),
-        Cause("rows and columns of the table swapped"), Cause("no position added", lambda k, own: k["image_in.out"]),
-    ) if table else ())
-
-
-def velocity(run: Run) -> Iterator[Entry]:
-    config, p = run.transformer, run.transformer.patch_size
-    single = config.num_single_blocks
-    last = f"single.{single - 1}.tokens.out" if single else f"dual.{config.num_dual_blocks - 1}.image.out"
-    yield modulation("velocity", "final_modulation", 2)
-    yield modulated("velocity", "image_out.in", "final_modulation", "the image's tokens", (last,),
-                    lambda k: k[last][:, -k["image_in.in"].shape[1] :])
-    yield Entry("image_out.out", "velocity", "W x + b, the values of each patch as (c p q)", ("image_out.in",), (
-        Cause("rows as (p q c), as SD3's files store them: reorder them to (c p q)", lambda k, own: m.patches(
-            m.picture(own, k["noise"], "c p q", p), "p q c", p)),
-    ))
-    branches = ("unconditional", "conditional")[-len(run.prompts) :]
-    for i, branch in enumerate(branches):
-        def put(k: Tensors, order: str, i: int = i) -> Tensor:
-            return m.picture(k["image_out.out"].chunk(len(branches))[i], k["noise"], order, p)
-
-        other = f"velocity.{branches[len(branches) - 1 - i]}"
-        yield Entry(f"velocity.{branch}", "velocity", f"the patches put together; the samples of prompt {i + 1}",
-                    ("image_out.out",), (
-            *(Cause(f"a patch's values taken as ({order}): they are (c p q)",
-                    lambda k, own, order=order, put=put: put(k, order)) for order in ("p q c", "c q p")),
-            Cause("the branches swapped: the first prompt comes first", lambda k, own, other=other: k[other]),
-            Cause("the other sign: velocity is noise − picture", lambda k, own: -own),
-        ))
-    if len(branches) == 1:
-        yield Entry("velocity.guided", "guidance", "the same: no classifier-free guidance", ("velocity.conditional",))
-        return
-    u, c = "velocity.unconditional", "velocity.conditional"
-    formula = f"unconditional + {run.guidance:g} (conditional − unconditional)"
-    yield Entry("velocity.guided", "guidance", formula, (u, c), (
-        Cause("the branches swapped in the guidance", lambda k, own: k[c] + run.guidance * (k[u] - k[c])),
-        Cause("added to the conditional velocity, not to the unconditional",
-              lambda k, own: k[c] + run.guidance * (k[c] - k[u])),
-        Cause("no guidance", lambda k, own: k[c]),
-    ))
-
-
-def euler_steps(run: Run) -> Iterator[Entry]:
-    repels = f"{run.step} … {run.step + run.repulsion.steps - 1}"
-    for step in range(run.steps):
-        x, name, here = latent_at(step), f"latent.{step + 1}", step == run.step
-        formula = f"{x} + (sigmas[{step + 1}] − sigmas[{step}]) · " + (
-            "velocity.guided" if here else f"the guided velocity of {x}")
-        yield Entry(name, "steps", formula, (x, "sigmas", *(("velocity.guided",) if here else ("context", "pooled"))), (
-            Cause("a step the wrong way: σ falls, the difference is negative", lambda k, own, x=x: 2 * k[x] - own),
-            Cause("a step of σ, not of the difference to the next σ"),
-        ) if here else (
-            Cause(f"repulsion in other steps: it acts in {repels}"), Cause("another step's σ in the features"),
-        ))
-
-
-def image(run: Run) -> Iterator[Entry]:
-    scaling, shift, last = run.autoencoder.scaling, run.autoencoder.shift, f"latent.{run.steps}"
-    yield Entry("decoder.in", "image", f"latent / {scaling:g} + {shift:g}", (last,), (
-        Cause("the shift added before the division", lambda k, own: (k[last] + shift) / scaling),
-        Cause("multiplied with the scaling, as in encoding", lambda k, own: k[last] * scaling + shift),
-        Cause("the shift subtracted, as in encoding", lambda k, own: k[last] / scaling - shift),
-        Cause("neither scaling nor shift", lambda k, own: k[last]),
-    ))
-    yield Entry("image", "image", "the decoder's output, about −1 … 1", ("decoder.in",), (
-        Cause("rows and columns swapped", lambda k, own: own.mT),
-        Cause("channels as blue, green, red", lambda k, own: own.flip(1)),
-        Cause("GroupNorm: a group is consecutive channels, eps is 1e-6"),
-        Cause("upsampling: values are repeated, then convolved"),
-        Cause("the attention: it has one head, its scores are divided by √channels"),
-    ))
-    yield Entry("pixels", "image", "round((clip(image, −1, 1) + 1) · 127.5) as (rows, columns, channels)", ("image",), (
-        Cause("truncated: it is rounded",
-              lambda k, own: ((k["image"].clamp(-1, 1) + 1) * 127.5).floor().movedim(1, -1)),
-        Cause("not clipped before the conversion to 8 bits"),
-    ))
+    """All tensors of a run's kit. Those inside the transformer are of the first step that repels."""
+    return Sheet(run).entries
