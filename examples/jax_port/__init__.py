@@ -1,7 +1,5 @@
-"""FLUX.1 with contextual repulsion in JAX: prompts → pictures. See README.md.
-
-pip install jax safetensors tokenizers sentencepiece pillow
-"""
+"""FLUX.1 with contextual repulsion in JAX: prompts → pictures, see README.md.
+pip install jax safetensors transformers sentencepiece pillow"""
 
 import jax
 

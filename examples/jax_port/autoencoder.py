@@ -27,7 +27,6 @@ def conv(w: Weights, name: str, x: Array) -> Array:
 
 
 def group_norm(w: Weights, name: str, x: Array, groups: int) -> Array:
-    """Each group of channels normalized over its channels and places."""
     y = normalize(x.reshape(len(x), groups, -1), 1e-6).reshape(x.shape)
     return y * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
 

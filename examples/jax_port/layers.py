@@ -9,23 +9,13 @@ Weights = dict[str, Array]
 Tap = Callable[[str, Array], Array]  # a named tensor → the one to go on with: itself, or the porting kit's
 
 
-def plain(name: str, x: Array) -> Array:
-    """The tap where nobody checks."""
-    return x
-
-
 def linear(w: Weights, name: str, x: Array) -> Array:
     """(…, inputs) → (…, outputs); files hold (outputs, inputs)."""
     y = x @ w[f"{name}.weight"].T
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
 
-def mlp(w: Weights, first: str, second: str, x: Array, activation: Callable[[Array], Array]) -> Array:
-    return linear(w, second, activation(linear(w, first, x)))
-
-
 def normalize(x: Array, eps: float) -> Array:
-    """To mean 0 and variance 1 over the last axis."""
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
 

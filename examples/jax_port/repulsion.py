@@ -11,7 +11,7 @@ from .layers import Tap
 
 @dataclass(frozen=True)
 class Repulsion:
-    """Settings as in repulsion/config.py. Of objectives, solvers and choices of tokens this port has the defaults."""
+    """Settings as in repulsion/config.py; objective, solver and single_stream_tokens are the defaults."""
 
     strength: float | None = None
     scale: float | None = None
@@ -37,10 +37,7 @@ class Repulsion:
         return tap("out", (c + mixing @ c).reshape(tokens.shape).astype(tokens.dtype))
 
     def mixing(self, gram: Array) -> Array:
-        """Inner products G = C Cᵀ (g, B, B) → E: M gradient steps lead from C to A C = C + E C.
-
-        Each step is A ← A + L D A. L is η / M, or such that a step is s / M times as long as C: L ‖D A C‖ = s / M ‖C‖.
-        """
+        """G = C Cᵀ (g, B, B) → E = A − I after M steps A ← A + L D A; L = η / M, or L ‖D A C‖ = s / M ‖C‖."""
         identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
 
         def step(_: int, a: Array) -> Array:
@@ -53,11 +50,8 @@ class Repulsion:
         return jax.lax.fori_loop(0, self.iterations, step, jnp.broadcast_to(identity, gram.shape)) - identity
 
     def gradient(self, gram: Array) -> tuple[Array, Array, Array]:
-        """D with ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i) = Σ_j D_ij c_j; the kernel K; K̃'s eigenvalues λ.
-
-        r_i = 1 / ‖c_i‖, K_ij = r_i r_j G_ij, K̃ = (K + ε I) / (B (1 + ε)), H = −Σ λ log λ, W = ∂H/∂K without its
-        diagonal and without pairs that coincide.
-        """
+        """D with ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i) = Σ_j D_ij c_j, W = ∂H/∂K of pairs that do not
+        coincide; the kernel K; and the eigenvalues of K̃ = (K + ε I) / (B (1 + ε))."""
         identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
         r = jax.lax.rsqrt(jnp.diagonal(gram, axis1=1, axis2=2))
         outer, size = r[:, :, None] * r[:, None, :], len(identity) * (1 + self.kernel_reg)
