@@ -25,7 +25,7 @@ def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str =
     if not kit.tensors.keys() & theirs.keys():
         first = next(iter(theirs), "no tensor at all")
         raise ValueError(f"none of the kit's tensors is there, the first is {first}: name tensors as in manifest.json")
-    rows, weights = [], Weights({})
+    rows, weights, wrong = [], Weights({}), set()
     for about in kit.rows:
         entry = kit.entry(about)
         wanted, found = kit.tensors[entry.name], theirs.get(entry.name)
@@ -37,10 +37,12 @@ def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str =
         elif not found.isfinite().all():
             rows.append(Row(entry, False, f"NaN or infinity in {(~found.isfinite()).sum()} of {found.numel()} numbers"))
         else:
-            off = deviation(found, wanted)
-            if off > tolerance and not weights.networks:
-                weights = Weights(networks(kit.run["model"]))
-            cause = find(entry, kit.tensors, weights, found.double()) if off > tolerance else None
+            off, cause = deviation(found, wanted), None
+            if off > tolerance:
+                weights = weights if weights.networks else Weights(networks(kit.run["model"]))
+                if fed or not wrong & {*entry.inputs.values()}:  # else it follows from its inputs' deviations
+                    cause = find(entry, kit.tensors, weights, found.double())
+                wrong.add(entry.name)
             rows.append(Row(entry, off <= tolerance, f"{off:.1e} of {tolerance:.1e}", cause))
     return rows
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from weights import Stored
 from weights.configs import sizes_of
 from weights.layouts import OUTPUT_PATCH, PATCH_CONV, SWAP_HALVES, Transform
 
-from .stages import Entry
+from .stages import HERE, Entry
 
 Read = tuple[str, str, int | None]  # a network, a name in it, and which part of a tensor that joins q, k, v, mlp
 
-HERE = Path(__file__).parent
 FUNCTIONS = {re.match(r"def (\w+)", code)[1]: code.strip() + "\n" for code in re.findall(
     r"^def .*?(?=^def |^```)", (HERE / "formulas.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)}
 SCOPE = {"torch": torch, "rearrange": rearrange, "eigh": torch.linalg.eigh, "eigvalsh": torch.linalg.eigvalsh,
@@ -48,7 +46,7 @@ class Weights:
         network, _, name = path.partition(".")
         state, found = self.state(network), None
         for joined, part in product(("qkv", "linear_in"), range(4)):
-            whole = re.sub(rf"\b{'q k v mlp'.split()[part]}\.(weight|bias)$", rf"{joined}.\1", name)
+            whole = re.sub(rf"\b{['q', 'k', 'v', 'mlp'][part]}\.(weight|bias)$", rf"{joined}.\1", name)
             if whole in state and whole != name and (part < 3 or joined == "linear_in"):
                 found = network, whole, part
         found = (network, name, None) if name in state else found
@@ -68,7 +66,7 @@ class Weights:
         stored, part = self.networks[read[0]], read[2]
         theirs, transform = stored.part.layout.find(read[1], sizes_of(stored.config))
         if part is not None:
-            theirs = [theirs[part] if len(theirs) > 1 else f"{theirs[0]}, its {'q k v mlp'.split()[part]}"]
+            theirs = [theirs[part] if len(theirs) > 1 else f"{theirs[0]}, its {['q', 'k', 'v', 'mlp'][part]}"]
         return " + ".join(stored.part.prefix + one for one in theirs), transform
 
 

@@ -118,13 +118,14 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str | Sequence[str] = P
 
 
 @torch.no_grad()
-def record(pipeline: Pipeline, run: Run, weights: Weights) -> dict[str, Tensor]:
+def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict[str, Tensor]:
     """Paint a run's pictures, and return the tensors that `entries` lists: those that pass through a module by `trace`,
     the others, between the modules, by their formulas from these.
 
     The model computes timestep features in float32 whatever its dtype. Where `weights` are float64, this would be the
     largest rounding error of all (3e-5 in cosines of angles up to 1000), so they are then computed in float64.
     """
+    weights = weights or Weights(networks(run.model), pipeline.dtype)
     listed, own, images, per = {x.name: x for x in entries(run)}, mmdit.model.timestep_features, run.images, run.branches
     shape = pipeline.config.latent_channels, run.height // pipeline.downscale, run.width // pipeline.downscale
     noise = starting_noise(run.seed, run.samples // per, shape)

@@ -1,8 +1,9 @@
-"""The tensors of a kit in the order of computation: name, stage, formula and inputs of each; and the run they are of."""
+"""The tensors of a kit in the order of computation, made of the tables in formulas.md; and the run they are of."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdit.trace import PARTS
@@ -11,6 +12,7 @@ from sampler import Pipeline
 from sampler.schedule import Schedule
 from weights import Stored, inspect_checkpoint, open_part
 
+HERE = Path(__file__).parent
 OBJECTIVES = {  # their derivatives by the density matrix
     "vendi": "vendi", "dpp": "lambda x: x.inverse()",
     "rke": "lambda x: -2 * x / (x * x).sum((1, 2))[:, None, None]", "cosine": "lambda x: -1 / (len(x[0]) - 1) + 0 * x",
@@ -35,6 +37,7 @@ class Run:
     guidance: float | None
     height: int
     width: int
+    sd3: bool  # or FLUX.1
     branches: int  # 2 with classifier-free guidance
     batch: str  # of each sample of the transformer's batch the row of its prompt: the unconditional branch first
     samples: int  # their number
@@ -75,7 +78,7 @@ class Run:
         pictures = images * (len(prompts) - guided)
         batch = [f"[0] * {pictures}"] * guided + [f"[{i}] * {images}" for i in range(guided, len(prompts))]
         last = dual - config.context_ends_early if r.single_stream_tokens == "none" or config.context_ends_early else None
-        return cls(model, tuple(prompts), images, **call, branches=1 + guided, batch=" + ".join(batch),
+        return cls(model, tuple(prompts), images, **call, sd3=text.family == "sd3", branches=1 + guided, batch=" + ".join(batch),
                    samples=pictures * (1 + guided), rows=call["height"] // pipeline.multiple,
                    columns=call["width"] // pipeline.multiple, repulsion=r, schedule=pipeline.schedule, configs=configs,
                    context_tokens=text.t5_length + (tokens["clip_l"][2] if text.family == "sd3" else 0), tokens=tokens,
@@ -83,7 +86,7 @@ class Run:
 
 
 class Entry(NamedTuple):
-    """One tensor of a kit. Its formula is Python, of the functions in `formulas`; without one, `words` say what it is.
+    """One tensor of a kit. Its formula is Python, see `formulas.md`; without one, `words` say what the tensor is.
 
     inputs: the kit's tensors that the variables of the formula stand for; place: of the weights w
     """
@@ -96,108 +99,86 @@ class Entry(NamedTuple):
     words: str
 
 
+TABLES = {name: re.findall(r"^\| (.*?) \| (.*?) \| (.*) \|$", rows, re.MULTILINE) for name, rows in re.findall(
+    r"^### (.*)\n((?:\|.*\n)*)", (HERE / "formulas.md").read_text(encoding="utf-8"), re.MULTILINE)}
+
+
 class Sheet:
-    """The entries of a run. A tensor that is added gets a variable, by which later formulas refer to it."""
+    """The entries of a run, table by table."""
 
     def __init__(self, run: Run):
         self.run, self.config, self.n = run, run.configs["transformer"], run.context_tokens
-        self.sd3, self.dual = self.config.position == "table", self.config.num_dual_blocks
+        self.sd3, self.dual, self.single = run.sd3, self.config.num_dual_blocks, self.config.num_single_blocks
         self.entries, self.names, self.stage, self.place = [], {}, "", ""
         self.text()
-        self.start()
         for step in range(run.steps):
             if here := step == run.repulsion.start:
                 self.transformer()
             self.stage = "steps"
-            self.add("latent", f"latent.{step + 1}",
-                     f"latent + (sigmas[{step + 1}] - sigmas[{step}]) * guided" if here else "",
-                     "the same with the guided velocity of the latent before, by a new pass of the transformer",
-                     "latent sigmas states pooled")
+            self.add("step" if here else "other step", step=step, next=step + 1)
         self.image()
 
-    def add(self, variable: str, name: str, formula: str, words: str = "", inputs: str = "") -> None:
-        used = dict.fromkeys(re.findall(r"(?<![\w.])[A-Za-z]\w*", f"{formula} {inputs}"))
-        used |= {"modulation": None} if used.keys() & {*PARTS} else {}
-        known = {x: self.names[x] for x in used if x in self.names}
-        self.entries.append(Entry(name, self.stage, formula, known, self.place, words))
-        self.names[variable] = name
+    def add(self, table: str, **values: Any) -> None:
+        """The rows of a table. A variable of a formula is the tensor that was last added with that name."""
+        for row in TABLES[table]:
+            variable, name, formula = (x.format_map(vars(self.run) | values) for x in row)
+            used = dict.fromkeys(re.findall(r"(?<![\w.])[A-Za-z]\w*", formula))
+            used |= {"modulation": None} if used.keys() & {*PARTS} else {}
+            inputs, words = {x: self.names[x] for x in used if x in self.names}, formula.strip("“”")
+            formula, words = ("", words) if words != formula else (formula, "")
+            self.entries.append(Entry(name, self.stage, formula, inputs, self.place, words))
+            self.names[variable] = name
 
     def text(self) -> None:
-        for role, (ids, pad, n) in self.run.tokens.items():
-            config, self.stage, self.place = self.run.configs[role], role, role
+        run, s, dim = self.run, self.run.schedule, self.config.context_dim
+        for role, (ids, pad, n) in run.tokens.items():
+            config, self.stage, self.place = run.configs[role], role, role
             count, h = config.num_layers, config.num_heads
-            self.add("ids", f"{role}.ids", f"padded({ids}, {pad}, {n})")
+            values = {"role": role, "ids": ids, "pad": pad, "n": n, "layers": count, "last": count - 1}
             if role == "t5":
-                more = f"{h}, t5_bias(w, {n}, {config.relative_buckets}, {config.relative_max_distance})"
-                self.add("first", "t5.layer_0", f"t5_layers(w.token_embedding.weight[ids], w, [0], {more})")
-                layers = f"t5_layers(first, w, range(1, {count}), {more})"
-                self.add("t5", "t5.states", f"rms_norm({layers}, 1e-6, w.final_norm)")
-                continue
-            more = f"{h}, {config.hidden_size // h} ** -0.5, {config.activation}"
-            embedded, before = f"w.token_embedding.weight[ids] + w.position_embedding.weight[:{n}]", "first, w, range(1"
-            self.add("first", f"{role}.layer_0", f"clip_layers({embedded}, w, [0], {more})")
-            if self.sd3:
-                self.add(role, f"{role}.penultimate", f"clip_layers({before}, {count - 1}), {more})")
-                before = f"{role}, w, range({count - 1}"
-            last = f"layer_norm(clip_layers({before}, {count}), {more}), 1e-5, w.final_norm)"
-            pooled = f"at_first({last}, ids == {config.end_token})"
-            projected = self.sd3 and config.projection_dim is not None
-            self.add(f"{role}_pooled", f"{role}.pooled", f"linear({pooled}, w.projection)" if projected else pooled)
-
-    def start(self) -> None:
-        run, s, dim, self.stage = self.run, self.run.schedule, self.config.context_dim, "start"
-        clips = [role for role in run.tokens if role != "t5"]
+                self.add("t5", **values, more=f"{h}, t5_bias(w, {n}, {config.relative_buckets}, "
+                         f"{config.relative_max_distance})")
+            else:
+                values |= {"more": f"{h}, {config.hidden_size // h} ** -0.5, {config.activation}"}
+                self.add("clip", **values)
+                self.add("clip sd3" if self.sd3 else "clip flux", **values, end=config.end_token)
+        clips, self.stage = [role for role in run.tokens if role != "t5"], "start"
+        zeros = dim - sum(run.configs[role].hidden_size for role in clips)
         t5 = "t5" if "t5" in run.tokens else f"zeros({len(run.prompts)}, {self.n - run.tokens[clips[0]][2]}, {dim})"
-        wide = f"pad(cat([{', '.join(clips)}], -1), (0, {dim - sum(run.configs[role].hidden_size for role in clips)}))"
-        self.add("states", "context", f"cat([{wide}, {t5}], 1)" if self.sd3 else t5)
-        self.add("pooled", "pooled", f"cat([{', '.join(f'{role}_pooled' for role in clips)}], -1)")
-        self.add("latent", "noise", "", "standard normal: take it from the kit, no other library draws it from a seed")
-        if self.sd3:
-            levels = f"cat([shifted(line(1, shifted(0.001, {s.shift}), {run.steps}), {s.shift}), zeros(1)])"
-        else:
-            slope = f"({s.max_shift} - {s.base_shift}) / ({s.max_image_seq_len} - {s.base_image_seq_len})"
-            shift = f"exp({s.base_shift} + {slope} * ({run.rows * run.columns} - {s.base_image_seq_len}))"
-            levels = f"shifted(line(1, 0, {run.steps + 1}), {shift if s.shift is None else s.shift})"
-        self.add("sigmas", "sigmas", levels)
+        context = f"cat([pad(cat([{', '.join(clips)}], -1), (0, {zeros})), {t5}], 1)"
+        slope = f"({s.max_shift} - {s.base_shift}) / ({s.max_image_seq_len} - {s.base_image_seq_len})"
+        shift = f"exp({s.base_shift} + {slope} * ({run.rows * run.columns} - {s.base_image_seq_len}))"
+        sd3 = f"cat([shifted(line(1, shifted(0.001, {s.shift}), {run.steps}), {s.shift}), zeros(1)])"
+        flux = f"shifted(line(1, 0, {run.steps + 1}), {shift if s.shift is None else s.shift})"
+        self.add("start", context=context if self.sd3 else t5, levels=sd3 if self.sd3 else flux,
+                 pooled=", ".join(f"{role}_pooled" for role in clips))
 
     def transformer(self) -> None:
-        run, config, p, self.stage, self.place = self.run, self.config, self.config.patch_size, "embedding", "transformer"
-        sizes = f"{run.rows}, {run.columns}"
-        self.add("time", "time_in.in", f"features(1000 * sigmas[{run.repulsion.start}]).expand({run.samples}, -1)")
-        vector = f"mlp(time, w.time_in, silu) + mlp(pooled[{run.batch}], w.pooled_in, silu)"
+        run, config, self.stage, self.place = self.run, self.config, "embedding", "transformer"
+        p, vector = config.patch_size, f"mlp(time, w.time_in, silu) + mlp(pooled[{run.batch}], w.pooled_in, silu)"
+        self.add("embedding", step=run.repulsion.start)
         if config.guidance_embedding:
-            self.add("guidance", "guidance_in.in",
-                     f"features(1000 * torch.tensor({float(run.guidance)})).expand({run.samples}, -1)")
+            self.add("guidance", guidance=float(run.guidance))
             vector += " + mlp(guidance, w.guidance_in, silu)"
-        self.add("vector", "dual.0.vector.in", vector)
-        self.add("context_in", "context_in.out", f"linear(states[{run.batch}], w.context_in)")
-        self.add("patches_in", "image_in.in", f"patches(latent.repeat({run.branches}, 1, 1, 1), {p})")
-        self.add("image_in", "image_in.out", "linear(patches_in, w.image_in)")
-        if not self.sd3:
-            self.add("angles", "dual.0.rope.in", f"rope({self.n}, {sizes}, {config.rope_axes}, {config.rope_theta})")
-        self.add("context", "dual.0.context.in", "context_in")
-        table = f" + middle_of(w.position_table, {sizes})" * self.sd3
-        self.add("image", "dual.0.image.in", f"image_in{table}")
+        self.add("embedded", vector=vector, p=p)
+        self.add("table" if self.sd3 else "rope", n=self.n, axes=config.rope_axes, theta=config.rope_theta)
         for i in range(self.dual):
             self.dual_block(i)
-        for i in sorted({0, config.num_single_blocks - 1} if config.num_single_blocks else ()):
+        for i in sorted({0, self.single - 1} if self.single else ()):
             self.single_block(i)
         self.stage, self.place = "velocity", "transformer"
-        self.add("modulation", "final_modulation", "chunks(linear(silu(vector), w.final_modulation), 2)")
-        image = f"tokens[:, {self.n}:]" if config.num_single_blocks else "image"
-        self.add("normed", "image_out.in", f"(1 + scale) * layer_norm({image}, 1e-6) + shift")
-        self.add("patches_out", "image_out.out", "linear(normed, w.image_out)")
-        half, both = run.samples // 2, f"picture(patches_out, {p}, {run.rows})"
-        for branch, part in (("unconditional", f":{half}"), ("conditional", f"{half}:"))[-run.branches :]:
-            self.add(branch, f"velocity.{branch}", both + f"[{part}]" * (run.branches > 1))
-        self.add("guided", "velocity.guided", "conditional" if run.branches == 1 else
-                 f"unconditional + {run.guidance} * (conditional - unconditional)")
+        self.add("modulation", place="final_", layer="final_modulation", parts=2)
+        self.add("normed", x="image", tokens=f"tokens[:, {self.n}:]" if self.single else "image", place="image_out.in")
+        self.add("velocity")
+        half, guided = run.samples // 2, f"unconditional + {run.guidance} * (conditional - unconditional)"
+        for branch, part in (("unconditional", f"[:{half}]"), ("conditional", f"[{half}:]"))[-run.branches :]:
+            self.add("branch", branch=branch, p=p, part=part * (run.branches > 1))
+        self.add("guided", guided=guided if run.branches > 1 else "conditional")
 
     def between(self, kind: str, i: int, names: Sequence[str]) -> None:
-        """The inputs of a later block."""
+        """The inputs of a block."""
         for x in names if i else ():
-            self.add(f"next_{x}", f"{kind}.{i}.{x}.in", "", f"what leaves {kind}.{i - 1}, computed as {kind}.0 is, by the "
-                     f"blocks from 1 on; repulsion acts in the blocks {self.run.repels_in}", " ".join([*names, "vector"]))
+            self.add("between", block=f"{kind}.{i}", x=x, names=", ".join([*names, "vector"]))
         self.names |= {x: f"{kind}.{i}.{x}.in" for x in names}
 
     def projected(self, x: str, tokens: str, w: str) -> str:
@@ -206,50 +187,42 @@ class Sheet:
         return f"rms_norm({split}, 1e-6, {w}.norm_{x})" if x != "v" and self.config.qk_norm else split
 
     def attention(self, block: str, streams: dict[str, str]) -> None:
-        """`streams`: of the normalized tokens' variables the weights of the projections. v, the plain one, first."""
-        for x in "vqk":
-            parts = [self.projected(x, tokens, w) for tokens, w in streams.items()]
-            formula = parts[0] if len(parts) == 1 else f"cat([{', '.join(parts)}], 2)"
-            self.add(x, f"{block}.attention.{x}", formula if x == "v" or self.sd3 else f"rotate({formula}, angles)")
-        self.add("attended", f"{block}.attention.attended", f"attend(q, k, v, {self.config.head_dim} ** -0.5)")
+        """`streams`: of the normalized tokens' variables the weights of the projections."""
+        parts = {x: ", ".join(self.projected(x, *stream) for stream in streams.items()) for x in "qkv"}
+        parts |= {x: f"cat([{part}], 2)" for x, part in parts.items() if len(streams) > 1}
+        parts |= {x: f"rotate({parts[x]}, angles)" for x in ("q", "k") if not self.sd3}
+        self.add("attention", block=block, scale=f"{self.config.head_dim} ** -0.5", **parts)
 
     def dual_block(self, i: int) -> None:
         config, n, block, streams = self.config, self.n, f"dual.{i}", ("context", "image")
         self.stage, self.place = block, f"transformer.dual_blocks.{i}"
         if 0 < i < self.dual - 1:
             if i == self.run.repels_in[0]:
-                self.push(block, i, "", words=f"the context that leaves the attention of {block}")
+                self.push(block, i, f"“the context that leaves the attention of {block}, from context, image and vector”")
             return
-        second = i in config.dual_attention_blocks
+        second, scale = i in config.dual_attention_blocks, f"{config.head_dim} ** -0.5"
         kept = streams[config.context_ends_early and i == self.dual - 1 :]  # SD3 drops the last block's context
         self.between("dual", i, streams)
         for x in streams:
             parts = 2 if x not in kept else 9 if second and x == "image" else 6
-            self.add("", f"{block}.{x}.modulation", f"chunks(linear(silu(vector), w.{x}.modulation), {parts})")
+            self.add("modulation", place=f"{block}.{x}.", layer=f"{x}.modulation", parts=parts)
         for x in streams:
             self.names["modulation"] = f"{block}.{x}.modulation"
-            self.add(f"{x}_normed", f"{block}.attention.{x}.in", f"(1 + scale) * layer_norm({x}, 1e-6) + shift")
+            self.add("normed", x=x, tokens=x, place=f"{block}.attention.{x}.in")
         self.attention(block, {f"{x}_normed": f"w.attention.{x}" for x in streams})
         for x in kept:
             part = f":{n}" if x == "context" else f"{n}:"
             formula = f"linear(joined(attended[:, :, {part}]), w.attention.{x}.out)"
             if x == "context" and i in self.run.repels_in:
                 formula = self.push(block, i, formula)
-            self.add(f"{x}_attended", f"{block}.attention.{x}.out", formula)
+            self.add("out", block=block, x=x, formula=formula)
         if second:
-            self.add("second_normed", f"{block}.image_attention.in",
-                     "(1 + second_scale) * layer_norm(image, 1e-6) + second_shift")
-            q, k, v = (self.projected(x, "second_normed", "w.image_attention") for x in "qkv")
-            self.add("second", f"{block}.image_attention.out", f"linear(joined(attend({q}, {k}, {v}, "
-                     f"{config.head_dim} ** -0.5)), w.image_attention.out)")
+            qkv = {x: self.projected(x, "second_normed", "w.image_attention") for x in "qkv"}
+            self.add("second", block=block, scale=scale, **qkv)
         for x in kept[::-1]:
             self.names["modulation"] = f"{block}.{x}.modulation"
             y = f"{x} + gate * {x}_attended" + " + second_gate * second" * (second and x == "image")
-            self.add("mlp_in", f"{block}.{x}.mlp.in", f"(1 + mlp_scale) * layer_norm({y}, 1e-6) + mlp_shift")
-            self.add("inner", f"{block}.{x}.mlp.in_layer.out", f"linear(mlp_in, w.{x}.mlp.in_layer)")
-            self.add("active", f"{block}.{x}.mlp.activation.out", "gelu_tanh(inner)")
-            self.add("mlp_out", f"{block}.{x}.mlp.out", f"linear(active, w.{x}.mlp.out_layer)")
-            self.add(f"next_{x}", f"{block}.{x}.out", f"{y} + mlp_gate * mlp_out")
+            self.add("mlp", block=block, x=x, y=y)
         self.names |= {x: f"{block}.{x}.out" for x in kept}
 
     def single_block(self, i: int) -> None:
@@ -258,51 +231,41 @@ class Sheet:
         if i:
             self.between("single", i, ("tokens",))
         else:
-            self.add("tokens", f"{block}.tokens.in", "cat([context, image], 1)")
-        self.add("modulation", f"{block}.modulation", "chunks(linear(silu(vector), w.modulation), 3)")
-        self.add("normed", f"{block}.linear_in.in", "(1 + scale) * layer_norm(tokens, 1e-6) + shift")
-        self.attention(block, {"normed": "w"})
+            self.add("joined")
+        self.add("modulation", place=f"{block}.", layer="modulation", parts=3)
+        self.add("normed", x="tokens", tokens="tokens", place=f"{block}.linear_in.in")
+        self.attention(block, {"tokens_normed": "w"})
         if number in self.run.repels_in:
             context = self.run.repulsion.single_stream_tokens == "context"
             attended = self.push(block, number, attended, f"[:, :{self.n}]" * context)
-        self.add("inner", f"{block}.activation.in", "linear(normed, w.mlp)")
-        self.add("active", f"{block}.activation.out", "gelu_tanh(inner)")
-        self.add("both", f"{block}.linear_out.in", f"cat([{attended}, active], -1)")
-        self.add("tokens", f"{block}.tokens.out", "tokens + gate * linear(both, w.linear_out)")
+        self.add("single", block=block, attended=attended)
 
-    def push(self, block: str, number: int, formula: str, tokens: str = "", words: str = "") -> str:
-        """The tokens C before and after the push of a block; for the first that repels also what is in between.
-        `tokens` is the index of those that are pushed, where not all are. Returns the variable of the result."""
+    def push(self, block: str, number: int, formula: str, tokens: str = "") -> str:
+        """The tokens before and after the push of a block; for the first that repels also what is in between. `tokens`
+        is the index of those that are pushed, where not all are. Returns the variable of the result."""
         run, r, self.stage = self.run, self.run.repulsion, f"{block}.repulsion"
-        halved, first = run.branches == 2 and r.branches == "conditional", number == run.repels_in[0] < self.dual
-        moving = "C" + f"[{run.samples // 2}:]" * halved + tokens
-        amount = f"{r.strength} / {r.iterations} * norm(gram) / norm(moved)" if r.scale is None else f"{r.scale} / {r.iterations}"
-        settings = f"{OBJECTIVES[r.objective]}, {r.kernel_reg}"
+        halved, half = run.branches == 2 and r.branches == "conditional", run.samples // 2
+        first, moving = number == run.repels_in[0] < self.dual, "C" + f"[{half}:]" * halved + tokens
+        objective, amount = OBJECTIVES[r.objective], r.strength if r.scale is None else r.scale
+        length = f"{amount} / {r.iterations}" + " * norm(gram) / norm(moved)" * (r.scale is None)
         gram = f"gram({moving}, {run.samples // (1 + halved) // run.images})"
-        mixing = f"mixing({'G' if first else gram}, {settings}, {r.iterations}, lambda gram, moved: {amount})"
-        self.add("C", f"{self.stage}.in", formula, words, "attended")
+        mixing = f"mixing({'G' if first else gram}, {objective}, {r.kernel_reg}, {r.iterations}, lambda gram, moved: {length})"
+        self.add("repulsion", block=block, formula=formula)
         if first:
-            self.add("G", f"{self.stage}.gram", gram)
-            self.add("K", f"{self.stage}.kernel", "kernel(G)")
-            self.add("", f"{self.stage}.spectrum", f"eigvalsh(density(K, {r.kernel_reg}))")
-            self.add("", f"{self.stage}.gradient", f"mixed(gradient_matrix(G, {settings}), {moving})")
-            self.add("E", f"{self.stage}.mixing", mixing)
+            self.add("inside", block=block, gram=gram, eps=r.kernel_reg, objective=objective, moving=moving, mixing=mixing)
         moved = f"{moving} + mixed({'E' if first else mixing}, {moving})"
         moved = f"cat([{moved}, C[:, {self.n}:]], 1)" if tokens else moved
-        self.add("pushed", f"{self.stage}.out", f"cat([C[:{run.samples // 2}], {moved}])" if halved else moved)
+        self.add("pushed", block=block, pushed=f"cat([C[:{half}], {moved}])" if halved else moved)
         self.stage = block
         return "pushed"
 
     def image(self) -> None:
         config, self.stage, self.place = self.run.configs["autoencoder"], "image", "autoencoder.decoder"
-        groups, levels = config.norm_groups, len(config.channels)
-        self.add("x", "decoder.in", f"latent / {config.scaling} + {config.shift}")
-        self.add("x", "decoder.middle.out", f"middle(conv(x, w.conv_in), w.middle, {groups})")
-        for i in range(levels):
-            more = f"{groups}, {config.blocks_per_level + 1}, {i < levels - 1}"
-            self.add("x", f"decoder.levels.{i}.out", f"level(x, w.levels[{i}], {more})")
-        self.add("image", "image", f"conv(silu(group_norm(x, {groups}, w.norm_out)), w.conv_out)")
-        self.add("pixels", "pixels", "((image.clip(-1, 1) + 1) * 127.5).round().movedim(1, -1)")
+        self.add("decoder", scaling=config.scaling, shift=config.shift, groups=config.norm_groups)
+        for i in range(len(config.channels)):
+            self.add("level", i=i, groups=config.norm_groups, blocks=config.blocks_per_level + 1,
+                     up=i < len(config.channels) - 1)
+        self.add("picture", groups=config.norm_groups)
 
 
 def entries(run: Run) -> list[Entry]:
