@@ -141,11 +141,10 @@ def changes(weights: Weights, reads: list[Read]) -> Iterator[tuple[Callable[[Rea
     for some in [square, *([read] for read in square)]:
         names = ", ".join(weights.named(read)[0] for read in some)
         yield (lambda x, some=some: raw(x).mT if x in some else raw(x)), f"not transposed: {names} (outputs, inputs)"
-    for read in reads:
-        name, transform = weights.named(read)
-        if transform in TRAPS:
-            p = getattr(weights.networks[read[0]].config, "patch_size", 1)
-            yield (lambda x, to=transform, p=p: to.write(raw(x), p).reshape(raw(x).shape)), f"{name}: {TRAPS[transform]}"
+    if trap := {x: weights.named(x) for x in reads if weights.named(x)[1] in TRAPS}:
+        p = getattr(weights.networks[reads[0][0]].config, "patch_size", 1)
+        yield (lambda x: trap[x][1].write(raw(x), p).reshape(raw(x).shape) if x in trap else raw(x)), "; ".join(
+            f"{name}: {TRAPS[how]}" for name, how in trap.values())
     yield (lambda x: raw(x) * (not x[1].endswith("bias"))), "the bias left out"
     for a, b in SWAPS:
         yield (lambda x, ab={a: b, b: a}: raw((x[0], re.sub(
