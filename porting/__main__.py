@@ -1,4 +1,5 @@
-"""`python -m porting write OUT` and `python -m porting check KIT THEIRS`."""
+"""Reference tensors for a port of this program to another language or library: write records a run from prompts to
+pictures as a kit, check compares a port's tensors with it and reports the first deviation."""
 
 import argparse
 import sys
@@ -10,29 +11,21 @@ from . import files
 from .check import compare, report
 from .kit import PROMPTS, ROUNDING, Kit, write
 
-DESCRIPTION = """\
-Reference tensors for a port of this program to another language or library: write records a run from prompts to
-pictures as a kit, check compares a port's tensors with it and reports the first deviation."""
-GIVEN = {"steps": (int, "denoising steps"), "seed": (int, "of the noise, or 0"),
-         "guidance": (float, "classifier-free, or FLUX.1's own"), "height": (int, "of the pictures in pixels"),
-         "width": (int, "of the pictures in pixels"), "strength": (float, "of the repulsion, s"),
-         "iterations": (int, "of a push, M")}
+GIVEN = {**dict.fromkeys(("steps", "seed", "height", "width", "iterations"), int), "guidance": float, "strength": float}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m porting", description=DESCRIPTION,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="python -m porting", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     w = commands.add_parser("write", help="write kit.safetensors, manifest.json and PORTING.md; start with the last")
     w.add_argument("out", type=Path, help="folder for them")
     w.add_argument("--model", default="tiny-sd3", metavar="PATH", help="as of python -m sampler (default: %(default)s)")
     w.add_argument("--prompt", nargs="+", default=PROMPTS, help="one or several (default: %(default)s)")
-    w.add_argument("--images", type=int, default=2, help="of each prompt, which repel each other (default: %(default)s)")
-    for name, (kind, words) in GIVEN.items():
-        w.add_argument(f"--{name}", type=kind, help=f"{words} (default: the checkpoint's)")
+    w.add_argument("--images", type=int, default=2, help="of each prompt (default: %(default)s)")
+    for name, kind in GIVEN.items():
+        w.add_argument(f"--{name}", type=kind, help="as of python -m sampler (default: the checkpoint's)")
     w.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    c = commands.add_parser("check", help="compare a port's tensors; exit code 0: all are there and pass, 1: some "
-                                          "deviate or are missing, 2: error")
+    c = commands.add_parser("check", help="compare a port's tensors; exit code 0: all pass, 1: not, 2: error")
     c.add_argument("kit", type=Path, help="the folder of a kit")
     c.add_argument("theirs", type=Path, help="a .safetensors or .npz file with the kit's tensors by name")
     c.add_argument("--fed", action="store_true", help="each tensor was computed from the kit's inputs, not your own")
@@ -43,11 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "write":
-        given = {name: getattr(args, name) for name in GIVEN}
-        rows = write(args.out, args.model, args.prompt, args.images, overwrite=args.overwrite, **given)
-        size = (args.out / "kit.safetensors").stat().st_size / 1e6
-        print(f"written to {args.out}: {len(rows)} tensors, {size:.1f} MB; start with PORTING.md")
-        return
+        rows = write(args.out, args.model, args.prompt, args.images, overwrite=args.overwrite,
+                     **{name: getattr(args, name) for name in GIVEN})
+        return print(f"written to {args.out}: {len(rows)} tensors; start with PORTING.md")
     kit, theirs = Kit.read(args.kit), files.read(args.theirs)
     rows = compare(kit, theirs, args.fed, args.dtype)
     print(report(rows, args.fed))
@@ -58,7 +49,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The exit code, see `exit_code`; 1 where a port deviates."""
     return exit_code(run, parser())
 
 

@@ -1,5 +1,6 @@
 """`compare` and `report`: a port's tensors against the kit's, stage by stage."""
 
+from contextlib import suppress
 from itertools import groupby, permutations
 from typing import NamedTuple
 
@@ -11,24 +12,23 @@ from .stages import Entry, networks
 
 
 class Row(NamedTuple):
-    """The result for one tensor: `passed` is None where the port has no such tensor."""
+    """The result for one tensor, and the mistake that reproduces the port's tensor from the kit's."""
 
     entry: Entry
-    passed: bool | None
+    passed: bool | None  # None: it is missing
     said: str
-    cause: str | None = None  # the mistake that reproduces the port's tensor from the kit's
+    cause: str | None = None
 
 
 def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str = "float32") -> list[Row]:
-    """A row for each tensor of the kit, in its order, against the tolerances of a whole run, or of tensors that were
-    computed from the kit's own inputs (`fed`), in that dtype. Raises ValueError where the port has none of them."""
+    """A row for each tensor of the kit, with the tolerances of a whole run in that dtype, or of tensors that were each
+    computed from the kit's own inputs (`fed`). Raises ValueError where the port has none of them."""
     if not kit.tensors.keys() & theirs.keys():
         first = next(iter(theirs), "no tensor at all")
         raise ValueError(f"none of the kit's tensors is there, the first is {first}: name tensors as in manifest.json")
     rows, weights, wrong = [], Weights({}), set()
     for about in kit.rows:
-        entry = kit.entry(about)
-        wanted, found = kit.tensors[entry.name], theirs.get(entry.name)
+        entry, wanted, found = kit.entry(about), kit.tensors[about["name"]], theirs.get(about["name"])
         tolerance = about["tolerance"][dtype]["fed" if fed else "whole"]
         if found is None:
             rows.append(Row(entry, None, "missing"))
@@ -39,7 +39,8 @@ def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str =
         else:
             off, cause = deviation(found, wanted), None
             if off > tolerance:
-                weights = weights if weights.networks else Weights(networks(kit.run["model"]))
+                with suppress(OSError, ValueError):  # without the checkpoint, mistakes in formulas alone are found
+                    weights = weights if weights.networks else Weights(networks(kit.run["model"]))
                 if fed or not wrong & {*entry.inputs.values()}:  # else it follows from its inputs' deviations
                     cause = find(entry, kit.tensors, weights, found.double())
                 wrong.add(entry.name)

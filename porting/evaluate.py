@@ -1,4 +1,4 @@
-"""`evaluate`: a formula's result from the kit's inputs and the checkpoint's weights; `find`: the mistake in a port's."""
+"""`evaluate`: a formula's result from the kit's inputs and the checkpoint's weights; `find`: the mistake of a port."""
 
 import math
 import re
@@ -8,9 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmdit.trace import PARTS
 from weights import Stored
@@ -21,22 +19,19 @@ from .stages import HERE, Entry
 
 Read = tuple[str, str, int | None]  # a network, a name in it, and which part of a tensor that joins q, k, v, mlp
 
-FUNCTIONS = {re.match(r"def (\w+)", code)[1]: code.strip() + "\n" for code in re.findall(
-    r"^def .*?(?=^def |^```)", (HERE / "formulas.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)}
-SCOPE = {"torch": torch, "rearrange": rearrange, "eigh": torch.linalg.eigh, "eigvalsh": torch.linalg.eigvalsh,
-         **{x: getattr(math, x) for x in ("exp", "inf", "pi")}, "interpolate": F.interpolate, "affine": F.linear,
-         **{x: getattr(torch, x) for x in ("arange", "cat", "cos", "eye", "sin", "stack", "tanh", "zeros")},
-         **{x: getattr(F, x) for x in ("conv2d", "gelu", "pad", "silu", "softmax")}}
-exec("".join(FUNCTIONS.values()), SCOPE)
+CODE = (HERE / "formulas.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+FUNCTIONS = {x.split("(")[0][4:]: x.strip() + "\n" for x in re.findall(r"^def (?s:.*?)(?=^def |\Z)", CODE, re.M)}
+exec(CODE, SCOPE := {})
 TRAPS = {SWAP_HALVES: "stored as (scale, shift)", OUTPUT_PATCH: "its rows are stored as (p q c): make them (c p q)",
          PATCH_CONV: "a convolution (d, c, p, p): flatten it as (c p q)"}
+KINDS = "q", "k", "v", "mlp"  # in tensors that join several
 SWAPS = (r"norm_q", "norm_k"), (r"norm_1", "norm_2"), ("conv_1", "conv_2"), ("gate", "value"), (".context.", ".image.")
+MISTAKES = (HERE / "mistakes.txt").read_text(encoding="utf-8").splitlines()[2:]
 CLOSER = 5  # a mistake is found where its result is that many times closer to the port's tensor than the kit's is
 
 
 class Weights:
-    """The weights of all networks by path, such as `transformer.dual_blocks.0`, in `dtype`. `used` collects what was
-    read; `change(read)` replaces what a read gives."""
+    """The weights of all networks by path, in `dtype`; `used`: what was read, `change(read)`: what to give instead."""
 
     def __init__(self, networks: dict[str, Stored], dtype: torch.dtype = torch.float64):
         self.networks, self.dtype, self.change, self.used = networks, dtype, None, []
@@ -46,7 +41,7 @@ class Weights:
         network, _, name = path.partition(".")
         state, found = self.state(network), None
         for joined, part in product(("qkv", "linear_in"), range(4)):
-            whole = re.sub(rf"\b{['q', 'k', 'v', 'mlp'][part]}\.(weight|bias)$", rf"{joined}.\1", name)
+            whole = re.sub(rf"\b{KINDS[part]}\.(weight|bias)$", rf"{joined}.\1", name)
             if whole in state and whole != name and (part < 3 or joined == "linear_in"):
                 found = network, whole, part
         found = (network, name, None) if name in state else found
@@ -55,7 +50,6 @@ class Weights:
             return (self.change or self.raw)(found).to(self.dtype)
 
     def raw(self, read: Read) -> Tensor:
-        """In our order, as it is stored."""
         network, name, part = read
         tensor = self.state(network)[name]
         size = len(tensor) // 3 if "qkv" in name else self.state(network)[name.replace(".bias", ".weight")].shape[-1]
@@ -66,7 +60,7 @@ class Weights:
         stored, part = self.networks[read[0]], read[2]
         theirs, transform = stored.part.layout.find(read[1], sizes_of(stored.config))
         if part is not None:
-            theirs = [theirs[part] if len(theirs) > 1 else f"{theirs[0]}, its {['q', 'k', 'v', 'mlp'][part]}"]
+            theirs = [theirs[part] if len(theirs) > 1 else f"{theirs[0]}, its {KINDS[part]}"]
         return " + ".join(stored.part.prefix + one for one in theirs), transform
 
 
@@ -85,24 +79,21 @@ class Place:
 
 
 @cache
-def used_by(formula: str) -> tuple[str, ...]:
+def used_by(text: str) -> tuple[str, ...]:
     """The functions that a formula uses, directly or not, in their order."""
-    names, text = set(), formula
-    while more := {name for name in FUNCTIONS if re.search(rf"(?<![.\w]){name}\b", text)} - names:
-        names, text = names | more, "".join(FUNCTIONS[name] for name in more)
-    return tuple(name for name in FUNCTIONS if name in names)
+    names = [x for x in FUNCTIONS if re.search(rf"(?<![.\w])(?<!def ){x}\b", text)]
+    more = {x for name in names for x in used_by(FUNCTIONS[name])}
+    return tuple(x for x in FUNCTIONS if x in more or x in names)
 
 
-def source(formula: str) -> str:
-    """The functions that a formula uses, and the formula as the last line."""
+def source(formula: str) -> str:  # the functions that it uses, and the formula as the last line
     return "".join(FUNCTIONS[name] for name in used_by(formula)) + f"result = {formula}"
 
 
 @torch.no_grad()
 def evaluate(entry: Entry, tensors: dict[str, Tensor], weights: Weights, text: str = "") -> Tensor:
-    """The result in the dtype of the weights; what the kit has in float64, noise levels and latents stay as they are.
-    `text` replaces the entry's `source`."""
-    scope = SCOPE | {"w": Place(weights, entry.place), "inside": inside, "masked": masked}
+    """The result in the dtype of the weights, noise levels and latents in at least float32; `text`: of that source."""
+    scope = SCOPE | {"w": Place(weights, entry.place)}
     functions, _, formula = (text or source(entry.formula)).rpartition("result = ")
     exec(functions, scope)
     for variable, name in entry.inputs.items():
@@ -113,25 +104,16 @@ def evaluate(entry: Entry, tensors: dict[str, Tensor], weights: Weights, text: s
     return eval(formula, scope)
 
 
-@cache
-def table() -> list[tuple[str, str, str, str]]:
-    """The lines of mistakes.txt, one for each version: the name's pattern, the formula's, the mistake, the words."""
-    rows, name = [], ""
-    for line in (HERE / "mistakes.txt").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            where, old, versions, words = re.fullmatch(r"(.*?) ?:: (.*?) =>(.*)  # (.*)", line).groups()
-            name, old = where or name, r"(?s)result = (.*)$" if old == "RESULT" else old
-            rows += [(name, old, re.sub(r"(.*)RESULT(.*)", r"result = \1(\\1)\2", new.strip()), words)
-                     for new in versions.split(" | ")]
-    return rows
-
-
 def edits(entry: Entry) -> Iterator[tuple[str, str]]:
-    """The source of a formula with each mistake that it can have, and the mistake in words."""
-    text = source(entry.formula)
-    for name, old, new, words in table() if entry.formula else ():
-        if re.search(name, entry.name) and (edited := re.sub(old, new, text)) != text:
-            yield edited, words
+    """The source of a formula with each mistake that it can have, and the mistake in words; see mistakes.txt."""
+    text, name = source(entry.formula), ""
+    for line in MISTAKES if entry.formula else ():
+        where, old, versions, words = re.fullmatch(r"(.*?) ?:: (.*?) =>(.*)  # (.*)", line).groups()
+        name, old = where or name, r"(?s)result = (.*)$" if old == "RESULT" else old
+        for new in versions.split(" | ") if re.search(name, entry.name) else ():
+            new = re.sub(r"(.*)RESULT(.*)", r"result = \1(\\1)\2", new.strip())
+            if (edited := re.sub(old, new, text)) != text:
+                yield edited, words
 
 
 def changes(weights: Weights, reads: list[Read]) -> Iterator[tuple[Callable[[Read], Tensor], str]]:
@@ -150,7 +132,7 @@ def changes(weights: Weights, reads: list[Read]) -> Iterator[tuple[Callable[[Rea
         yield (lambda x, ab={a: b, b: a}: raw((x[0], re.sub(
             "|".join(map(re.escape, ab)), lambda m: ab[m[0]], x[1]), x[2]))), f"{a.strip('.')} for {b.strip('.')}"
     for a, b in (0, 1), (0, 2), (1, 2):
-        yield (lambda x, ab={a: b, b: a}: raw((*x[:2], ab.get(x[2], x[2])))), f"{'qkv'[a]} and {'qkv'[b]} swapped"
+        yield (lambda x, ab={a: b, b: a}: raw((*x[:2], ab.get(x[2], x[2])))), f"{KINDS[a]} for {KINDS[b]}"
     for other in (lambda i: i + 1), (lambda i: i - 1), (lambda i: 1 - i if i < 2 else i):
         yield (lambda x, i=other: raw((x[0], re.sub(r"\d+", lambda m: str(i(int(m[0]))), x[1], count=1), x[2]))), (
             "the weights of another layer or block")
@@ -167,21 +149,10 @@ def find(entry: Entry, tensors: dict[str, Tensor], weights: Weights, theirs: Ten
         off = (result - theirs).norm().item() if result.shape == theirs.shape else math.inf
         return off if off == off else math.inf
 
-    own = (tensors[entry.name].double() - theirs).norm().item()
-    tried = [(distance(), "")] if entry.formula else []
+    tried = [(distance(), "")] if entry.formula else [(math.inf, "")]
     reads = [*dict.fromkeys(weights.used)] if entry.formula else []
     tried += [(distance(text=text), words) for text, words in edits(entry)]
     tried += [(distance(change), words) for change, words in (changes(weights, reads) if reads else ())]
-    off, words = min(tried, default=(math.inf, ""))
-    return words or None if off * CLOSER < own else None
+    off, words = min(tried)
+    return words if off * CLOSER < (tensors[entry.name].double() - theirs).norm() else None
 
-
-def inside(x: Tensor, w: Any, part: str, h: int) -> Tensor:
-    """A projection whose rows are taken as (h q/k/v k)."""
-    joined = [torch.cat([getattr(getattr(w, one), kind) for one in "qkv"]) for kind in ("weight", "bias")]
-    return rearrange(F.linear(x, *joined), "b n (h three k) -> three b h n k", h=h, three=3)["qkv".index(part)]
-
-
-def masked(ids: Tensor) -> Tensor:
-    """The bias of scores that hides the padding: (b, 1, 1, n)."""
-    return torch.where(ids == ids[:, -1:], -math.inf, 0.0)[:, None, None]

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,11 +22,10 @@ from sampler.folders import whole_folder
 from . import files
 from .evaluate import SCOPE, TRAPS, Weights, evaluate
 from .page import page
-from .stages import Entry, Run, entries, networks
+from .stages import Entry, Run, Sheet, networks
 
 MARGIN = 10  # the tolerance, relative to the deviation of our own run
-# of each dtype the least deviation assumed, a rounding: what our run rounds as the kit, another may not
-ROUNDING = {"float32": 2.0**-24, "tf32": 2.0**-24, "bfloat16": 2.0**-9}
+ROUNDING = {"float32": 2.0**-24, "tf32": 2.0**-24, "bfloat16": 2.0**-9}  # the least deviation assumed of a run
 FILES = r"kit\.safetensors|manifest\.json|PORTING\.md"
 PROMPTS = "a circle", "a small green star"  # the default: two, so that their order is tested
 TRACED = {"in": "ids", "layers.0.out": "layer_0", "penultimate.out": "penultimate", "out": "states",
@@ -49,15 +49,15 @@ class Kit:
             if {kit.entry(row).name for row in kit.rows} != {*kit.tensors}:
                 raise ValueError("manifest.json and kit.safetensors do not list the same tensors")
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} is no kit, {Path(error.filename or 'kit.safetensors').name} is missing: "
-                                    "write one with python -m porting write") from error
+            name = Path(error.filename or "kit.safetensors").name
+            raise FileNotFoundError(f"{folder} is no kit, {name} is missing: write one with python -m porting write"
+                                    ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} is no kit that can be read ({error}): write it again") from error
         return kit
 
     @staticmethod
     def entry(row: dict[str, Any]) -> Entry:
-        """What a row of the manifest says of its tensor."""
         return Entry(*(row[name] for name in Entry._fields))
 
 
@@ -77,26 +77,24 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str | Sequence[str] = P
 
     The tensors are those of a run in float64, rounded to float32 once (what the program itself computes in float64,
     such as the kernel, stays float64); `images` of each prompt; `given` as in `Run.of`. `measured` are deviations of
-    this program in float32, bfloat16, and float32 with products in TF32: of a whole run, and of each formula from the
-    kit's own inputs (fed). The `tolerance` is MARGIN times that, and at least MARGIN roundings. On tiny-sd3 other
-    orders of the same sums (one term after the other, unfused attention, two threads) gave at most 2 times the measured
-    deviation, a port to numpy 4. For latents `measured` is the largest deviation of all steps: in which step and sample
-    the rounding errors of earlier steps are amplified differs between two runs of the same accuracy (16 samples pushed
-    with strength 4: 11 times at a single step, from one sample).
+    this program in float32, bfloat16 and TF32: of a whole run, and of each formula from the kit's inputs (fed). The
+    `tolerance` is MARGIN times that, and at least MARGIN roundings: other orders of the same sums gave at most 2 times
+    the measured deviation, ports to numpy and JAX 4. For latents it is the largest of all steps: in which step and
+    sample earlier errors are amplified differs between runs of the same accuracy (16 samples, strength 4: 11 times).
     Raises FileExistsError where the folder exists, ValueError for a call that the pipeline refuses.
     """
     with whole_folder(folder, overwrite, ours=FILES) as claim:  # before anything is computed
-        stored, tensors, rows = networks(model), {}, []
+        tensors, rows = {}, []
         for name in ("float64", *ROUNDING):
             dtype = getattr(torch, name, torch.float32)
-            weights = Weights(stored, dtype)
             with Tf32() if name == "tf32" else nullcontext():
                 pipeline = Pipeline.load(model, dtype=dtype, device="cpu", offload="blocks")
+                weights = Weights(networks(model), dtype)
                 run = Run.of(pipeline, model, prompt, images, steps=steps, **given)
                 ours = record(pipeline, run, weights)
                 if name == "float64":
                     exact = ours
-                    rows = [entry._asdict() | {"measured": {}, "tolerance": {}} for entry in entries(run)]
+                    rows = [entry._asdict() | {"measured": {}, "tolerance": {}} for entry in Sheet(run).entries]
                     continue
                 tensors = tensors or {one: tensor.to(ours[one].dtype) for one, tensor in exact.items()}
                 of_latents = max(deviation(x, tensors[one]) for one, x in ours.items() if one.startswith("latent"))
@@ -110,8 +108,8 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str | Sequence[str] = P
                     row |= {"shape": list(wanted.shape), "dtype": str(wanted.dtype).removeprefix("torch.")}
                     row["weights"] = [f"`{theirs}`{f' ({TRAPS[how]})' if how in TRAPS else ''}" for theirs, how in
                                       dict.fromkeys(map(weights.named, weights.used))]
-        manifest = json.dumps({"run": asdict(run), "tensors": rows}, indent=1, ensure_ascii=False)
-        files.write(claim.work / "kit.safetensors", tensors)
+        manifest = json.dumps({"run": vars(run), "tensors": rows}, indent=1, ensure_ascii=False, default=vars)
+        save_file({name: x.contiguous().clone() for name, x in tensors.items()}, claim.work / "kit.safetensors")
         (claim.work / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
         (claim.work / "PORTING.md").write_text(page(run, rows, folder.name, MARGIN), encoding="utf-8")
     return rows
@@ -119,14 +117,12 @@ def write(folder: Path, model: str = "tiny-sd3", prompt: str | Sequence[str] = P
 
 @torch.no_grad()
 def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict[str, Tensor]:
-    """Paint a run's pictures, and return the tensors that `entries` lists: those that pass through a module by `trace`,
-    the others, between the modules, by their formulas from these.
-
-    The model computes timestep features in float32 whatever its dtype. Where `weights` are float64, this would be the
-    largest rounding error of all (3e-5 in cosines of angles up to 1000), so they are then computed in float64.
-    """
+    """Paint a run's pictures, and return the tensors that its `Sheet` lists: of modules by `trace`, those between the
+    modules by their formulas. The model computes timestep features in float32 whatever its dtype; with float64 that
+    would be the largest error of all (3e-5 in cosines of angles up to 1000), so they are then computed in float64."""
     weights = weights or Weights(networks(run.model), pipeline.dtype)
-    listed, own, images, per = {x.name: x for x in entries(run)}, mmdit.model.timestep_features, run.images, run.branches
+    listed, own = {entry.name: entry for entry in Sheet(run).entries}, mmdit.model.timestep_features
+    images, per = run.images, run.branches
     shape = pipeline.config.latent_channels, run.height // pipeline.downscale, run.width // pipeline.downscale
     noise = starting_noise(run.seed, run.samples // per, shape)
     encoders = dict(zip(run.tokens, [*pipeline.text.clips, pipeline.text.t5], strict=False))
@@ -140,7 +136,8 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
             mmdit.model.timestep_features = lambda t: torch.stack([SCOPE["features"](1000 * x) for x in t.double()])
         for part in (*pipeline.parts.values(), *(encoders[role][1] for role in run.tokens)):
             stack.enter_context(part.used())  # or a later call would read it anew, without the hooks
-        encoded = {role: stack.enter_context(trace(encoders[role][1].module, TRACED.__contains__)) for role in run.tokens}
+        encoded = {role: stack.enter_context(trace(encoders[role][1].module, TRACED.__contains__))
+                   for role in run.tokens}
         passes = stack.enter_context(trace(pipeline.transformer, only))
         decoded = stack.enter_context(trace(pipeline.autoencoder, lambda name: name in {*listed, "decoder.out"}))
         latents = [pipeline(prompt, images, steps=run.steps, guidance=run.guidance, height=run.height, width=run.width,
@@ -151,8 +148,7 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
     for role, of_prompts in encoded.items():  # a prompt in a pass; the negative one again in each call
         once = of_prompts[:per] + of_prompts[2 * per - 1 :: per]
         found |= {f"{role}.{TRACED[name]}": torch.cat([one[name] for one in once]) for name in once[0]}
-        if run.configs["transformer"].position == "rope" and role == "clip_l":
-            found["clip_l.pooled"] = found["clip_l.unprojected"]
+    found |= {} if run.sd3 else {"clip_l.pooled": found["clip_l.unprojected"]}
     calls = [passes[i : i + run.steps] for i in range(0, len(passes), run.steps)]
     for step in range(run.steps):
         found[f"latent.{step}" if step else "noise"] = torch.cat([one[step]["latent.in"][:images] for one in calls])
@@ -163,14 +159,12 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
         found[name] = inside[0][name] if "rope" in name else torch.cat([x for branch in branches for x in branch])
     found |= {name: torch.cat([one[name] for one in decoded]) for name in decoded[0]}
     found |= {"image": found["decoder.out"], "pixels": torch.from_numpy(np.stack(pictures))}
-    for name, entry in listed.items():
-        if name not in found:
-            found[name] = evaluate(entry, found, weights)
+    for name in [name for name in listed if name not in found]:
+        found[name] = evaluate(listed[name], found, weights)
     return {name: found[name] for name in listed}
 
 
 def deviation(found: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference of two tensors relative to the norm of the second; for whole numbers the root mean
-    square of the difference."""
+    """‖found − wanted‖ / ‖wanted‖; for whole numbers the root mean square of the difference."""
     scale = wanted.double().norm() if wanted.is_floating_point() else wanted.numel() ** 0.5
     return ((found.double() - wanted.double()).norm() / max(scale, 1e-300)).item()

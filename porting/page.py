@@ -7,16 +7,12 @@ from .evaluate import FUNCTIONS, HERE, edits, used_by
 from .stages import Entry, Run
 
 FRAME = (HERE / "page.md").read_text(encoding="utf-8")
-BRANCHES = {"": "The samples of each prompt are a group.",
-            "all": "In both branches of guidance the samples of each prompt are a group of their own.",
-            "conditional": "Only samples of the conditional branch are pushed; those of each prompt are a group."}
-TOKENS = {"all": ", in single-stream blocks all tokens", "context": ", in single-stream blocks the context's alone",
-          "none": ""}
 
 
 def page(run: Run, rows: list[dict[str, Any]], folder: str, margin: int) -> str:
     """The page as Markdown; `rows` as in manifest.json."""
     r, done, dual = run.repulsion, set(), run.configs["transformer"].num_dual_blocks
+    half = run.samples // 2 if run.branches > 1 and r.branches == "conditional" else 0
     push = next((row["formula"] for row in rows if row["name"].endswith("repulsion.mixing")), "the tokens stay")
     known = {x: y for x, y in vars(run).items() if x not in ("tokens", "repulsion", "configs")} | run.configs
     parts = [FRAME.format(
@@ -24,8 +20,7 @@ def page(run: Run, rows: list[dict[str, Any]], folder: str, margin: int) -> str:
         count=len(rows), folder=folder, margin=margin, samples=run.samples, batch=run.batch, step=r.start,
         settings="\n".join(f"- {name}: `{value}`" for name, value in known.items()), last=r.start + r.steps - 1,
         blocks=", ".join(f"dual.{i}" if i < dual else f"single.{i - dual}" for i in run.repels_in),
-        groups=BRANCHES[r.branches if run.branches > 1 else ""],
-        tokens=TOKENS[r.single_stream_tokens] * run.configs["transformer"].num_single_blocks, iterations=r.iterations,
+        images=run.images, first=half, until=run.samples - 1, tokens=r.single_stream_tokens, iterations=r.iterations,
         length=f"η / M = {r.scale} / {r.iterations} times the gradient" if r.strength is None else
         f"s / M = {r.strength} / {r.iterations} times as long as the group was before the first, ‖C‖",
         push=functions([push], done) + f"\nE = {push}")]
@@ -41,14 +36,12 @@ def page(run: Run, rows: list[dict[str, Any]], folder: str, margin: int) -> str:
 
 
 def functions(formulas: list[str], done: set[str]) -> str:
-    """The functions that the formulas use, directly or not, and that are not `done`."""
     new = [name for name in FUNCTIONS if name not in done and any(name in used_by(formula) for formula in formulas)]
     done |= {*new}
     return "\n".join(FUNCTIONS[name] for name in new)
 
 
 def line(row: dict[str, Any]) -> str:
-    """The row of a tensor in its stage's table."""
     inputs = ", ".join(f"{x} = `{name}`" for x, name in row["inputs"].items())
     fed, whole = (row["tolerance"]["float32"][kind] for kind in ("fed", "whole"))
     formula = f"`{row['formula']}`" if row["formula"] else row["words"]

@@ -1,95 +1,72 @@
-"""The tensors of a kit in the order of computation, made of the tables in formulas.md; and the run they are of."""
+"""The tensors of a kit in the order of computation, by the tables in formulas.md; and the run that they are of."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from mmdit.trace import PARTS
 from repulsion import Repulsion
 from sampler import Pipeline
-from sampler.schedule import Schedule
 from weights import Stored, inspect_checkpoint, open_part
 
 HERE = Path(__file__).parent
-OBJECTIVES = {  # their derivatives by the density matrix
+OBJECTIVES = {  # derivatives by the density matrix
     "vendi": "vendi", "dpp": "lambda x: x.inverse()",
-    "rke": "lambda x: -2 * x / (x * x).sum((1, 2))[:, None, None]", "cosine": "lambda x: -1 / (len(x[0]) - 1) + 0 * x",
+    "rke": "lambda x: -2 * x / (x * x).sum((1, 2))[:, None, None]", "cosine": "lambda x: 0 * x - 1 / (len(x[0]) - 1)",
 }
 
 
 def networks(model: str) -> dict[str, Stored]:
     """The networks of a checkpoint by role, none of them read yet."""
-    found = inspect_checkpoint(model, download=True)
+    found = inspect_checkpoint(model)
     return {role: open_part(part, family=found.family) for role, part in found.parts.items()}
 
 
-@dataclass(frozen=True)
-class Run:
-    """Pictures of one prompt or several, each prompt's a group that repels, and all that they depend on."""
-
-    model: str
-    prompts: tuple[str, ...]  # with classifier-free guidance the negative one, which is empty, first
-    images: int  # of each prompt
-    steps: int
-    seed: int
-    guidance: float | None
-    height: int
-    width: int
-    sd3: bool  # or FLUX.1
-    branches: int  # 2 with classifier-free guidance
-    batch: str  # of each sample of the transformer's batch the row of its prompt: the unconditional branch first
-    samples: int  # their number
-    rows: int  # of patches in a picture
-    columns: int
-    context_tokens: int
-    repels_in: tuple[int, ...]  # the blocks, dual-stream blocks first
-    repulsion: Repulsion
-    schedule: Schedule
-    configs: dict[str, Any]  # of each network
-    tokens: dict[str, tuple[list[list[int]], int, int]]  # of each encoder: the prompts' ids, the pad token, the length
+class Run(SimpleNamespace):
+    """Pictures of some prompts, each prompt's a group that repels, and all that they depend on: prompts, the negative
+    one of classifier-free guidance first; images of each; branches, 2 with that guidance; batch, of each sample of the
+    transformer's batch the row of its prompt, and their number, samples; rows and columns of patches; repels_in, the
+    blocks, dual-stream ones first; the networks' configs; of each encoder the prompts' ids, pad token and length."""
 
     @classmethod
     def of(cls, pipeline: Pipeline, model: str, prompt: str | Sequence[str], images: int = 2, **given: Any) -> "Run":
-        """The call with the checkpoint's defaults where `given` is not; repulsion of strength 1 where there is none.
-
-        given: steps, seed, guidance, height, width, strength, iterations. Raises ValueError for a call without
-        repulsion: too few images or steps, or an objective that has no formula here.
-        """
+        """The checkpoint's defaults, and what is given of steps, seed, guidance, height, width, strength, iterations;
+        repulsion of strength 1 where there is none. Raises ValueError for a call without it, or without its formula."""
         usual, text, given = pipeline.defaults, pipeline.text, {x: y for x, y in given.items() if y is not None}
         push = {name: given.pop(name) for name in ("strength", "iterations") if name in given}
-        r = replace(usual.repulsion or Repulsion(strength=1.0), **push, **({"scale": None} if "strength" in push else {}))
+        push |= {"scale": None} if "strength" in push else {}
+        r = replace(usual.repulsion or Repulsion(strength=1.0), **push)
         call = {x: getattr(usual, x) for x in ("steps", "guidance", "height", "width")} | {"seed": 0} | given
         if images < 2 or call["steps"] <= r.start or r.objective not in OBJECTIVES:
-            raise ValueError(f"a kit of this checkpoint needs at least 2 images, which repel each other, at least "
+            raise ValueError("a kit of this checkpoint needs at least 2 images, which repel each other, at least "
                              f"{r.start + 1} steps, since repulsion starts after {r.start}, and one of the objectives "
                              f"{', '.join(OBJECTIVES)}: got {images}, {call['steps']} and {r.objective}")
         configs = {role: stored.config for role, stored in networks(model).items()}
-        config, guided = configs["transformer"], text.family == "sd3" and (call["guidance"] or 0) > 1
+        config, sd3 = configs["transformer"], text.family == "sd3"
+        guided = sd3 and (call["guidance"] or 0) > 1
         prompts = [""] * guided + ([prompt] if isinstance(prompt, str) else [*prompt])
-        tokenizers = dict(zip(("clip_l", "clip_g"), (one for one, _ in text.clips), strict=False))
-        tokenizers |= {} if text.t5 is None else {"t5": text.t5[0]}
         tokens, dual = {}, config.num_dual_blocks
-        for role, tokenizer in tokenizers.items():
+        encoders = [*zip(("clip_l", "clip_g"), text.clips, strict=False), *([("t5", text.t5)] if text.t5 else [])]
+        for role, (tokenizer, _) in encoders:
             n = text.t5_length if role == "t5" else tokenizer.length
             rows = zip(tokenizer(prompts, n).tolist(), map(tokenizer.count, prompts), strict=True)
             tokens[role] = [row[:count] for row, count in rows], tokenizer.pad_token, n
         pictures = images * (len(prompts) - guided)
         batch = [f"[0] * {pictures}"] * guided + [f"[{i}] * {images}" for i in range(guided, len(prompts))]
-        last = dual - config.context_ends_early if r.single_stream_tokens == "none" or config.context_ends_early else None
-        return cls(model, tuple(prompts), images, **call, sd3=text.family == "sd3", branches=1 + guided, batch=" + ".join(batch),
-                   samples=pictures * (1 + guided), rows=call["height"] // pipeline.multiple,
-                   columns=call["width"] // pipeline.multiple, repulsion=r, schedule=pipeline.schedule, configs=configs,
-                   context_tokens=text.t5_length + (tokens["clip_l"][2] if text.family == "sd3" else 0), tokens=tokens,
+        last = dual - sd3 if r.single_stream_tokens == "none" or sd3 else None  # SD3 drops the last block's context
+        sizes = {name: call[side] // pipeline.multiple for name, side in (("rows", "height"), ("columns", "width"))}
+        return cls(model=model, prompts=tuple(prompts), images=images, **call, **sizes, sd3=sd3, branches=1 + guided,
+                   batch=" + ".join(batch), samples=pictures * (1 + guided), repulsion=r, schedule=pipeline.schedule,
+                   configs=configs, tokens=tokens, context_tokens=text.t5_length + (tokens["clip_l"][2] if sd3 else 0),
                    repels_in=tuple(i for i in range(config.num_blocks)[:last] if r.acts_in(i, config.num_blocks)))
 
 
 class Entry(NamedTuple):
-    """One tensor of a kit. Its formula is Python, see `formulas.md`; without one, `words` say what the tensor is.
-
-    inputs: the kit's tensors that the variables of the formula stand for; place: of the weights w
-    """
+    """A tensor of a kit: its formula, as in formulas.md, or in words what it is; inputs, the tensors that the formula's
+    variables stand for; and the place of the weights w."""
 
     name: str
     stage: str
@@ -104,7 +81,7 @@ TABLES = {name: re.findall(r"^\| (.*?) \| (.*?) \| (.*) \|$", rows, re.MULTILINE
 
 
 class Sheet:
-    """The entries of a run, table by table."""
+    """The entries of a run, table by table; those inside the transformer are of the first step that repels."""
 
     def __init__(self, run: Run):
         self.run, self.config, self.n = run, run.configs["transformer"], run.context_tokens
@@ -176,18 +153,15 @@ class Sheet:
         self.add("guided", guided=guided if run.branches > 1 else "conditional")
 
     def between(self, kind: str, i: int, names: Sequence[str]) -> None:
-        """The inputs of a block."""
         for x in names if i else ():
             self.add("between", block=f"{kind}.{i}", x=x, names=", ".join([*names, "vector"]))
         self.names |= {x: f"{kind}.{i}.{x}.in" for x in names}
 
     def projected(self, x: str, tokens: str, w: str) -> str:
-        """q, k or v of a stream: (b, h, n, k), q and k normalized."""
         split = f"heads(linear({tokens}, {w}.{x}), {self.config.num_heads})"
         return f"rms_norm({split}, 1e-6, {w}.norm_{x})" if x != "v" and self.config.qk_norm else split
 
-    def attention(self, block: str, streams: dict[str, str]) -> None:
-        """`streams`: of the normalized tokens' variables the weights of the projections."""
+    def attention(self, block: str, streams: dict[str, str]) -> None:  # streams: normalized tokens, their weights
         parts = {x: ", ".join(self.projected(x, *stream) for stream in streams.items()) for x in "qkv"}
         parts |= {x: f"cat([{part}], 2)" for x, part in parts.items() if len(streams) > 1}
         parts |= {x: f"rotate({parts[x]}, angles)" for x in ("q", "k") if not self.sd3}
@@ -198,10 +172,10 @@ class Sheet:
         self.stage, self.place = block, f"transformer.dual_blocks.{i}"
         if 0 < i < self.dual - 1:
             if i == self.run.repels_in[0]:
-                self.push(block, i, f"“the context that leaves the attention of {block}, from context, image and vector”")
+                self.push(block, i, f"“the context that leaves the attention of {block}, of context, image and vector”")
             return
         second, scale = i in config.dual_attention_blocks, f"{config.head_dim} ** -0.5"
-        kept = streams[config.context_ends_early and i == self.dual - 1 :]  # SD3 drops the last block's context
+        kept = streams[self.sd3 and i == self.dual - 1 :]  # the context output of SD3's last block is unused
         self.between("dual", i, streams)
         for x in streams:
             parts = 2 if x not in kept else 9 if second and x == "image" else 6
@@ -241,18 +215,19 @@ class Sheet:
         self.add("single", block=block, attended=attended)
 
     def push(self, block: str, number: int, formula: str, tokens: str = "") -> str:
-        """The tokens before and after the push of a block; for the first that repels also what is in between. `tokens`
-        is the index of those that are pushed, where not all are. Returns the variable of the result."""
+        """The push of a block, of its tokens at that index; for the first block that repels also what is inside it."""
         run, r, self.stage = self.run, self.run.repulsion, f"{block}.repulsion"
         halved, half = run.branches == 2 and r.branches == "conditional", run.samples // 2
         first, moving = number == run.repels_in[0] < self.dual, "C" + f"[{half}:]" * halved + tokens
         objective, amount = OBJECTIVES[r.objective], r.strength if r.scale is None else r.scale
         length = f"{amount} / {r.iterations}" + " * norm(gram) / norm(moved)" * (r.scale is None)
         gram = f"gram({moving}, {run.samples // (1 + halved) // run.images})"
-        mixing = f"mixing({'G' if first else gram}, {objective}, {r.kernel_reg}, {r.iterations}, lambda gram, moved: {length})"
+        settings = f"{objective}, {r.kernel_reg}, {r.iterations}, lambda gram, moved: {length}"
+        mixing = f"mixing({'G' if first else gram}, {settings})"
         self.add("repulsion", block=block, formula=formula)
         if first:
-            self.add("inside", block=block, gram=gram, eps=r.kernel_reg, objective=objective, moving=moving, mixing=mixing)
+            self.add("inside", block=block, gram=gram, eps=r.kernel_reg, objective=objective, moving=moving,
+                     mixing=mixing)
         moved = f"{moving} + mixed({'E' if first else mixing}, {moving})"
         moved = f"cat([{moved}, C[:, {self.n}:]], 1)" if tokens else moved
         self.add("pushed", block=block, pushed=f"cat([C[:{half}], {moved}])" if halved else moved)
@@ -266,8 +241,3 @@ class Sheet:
             self.add("level", i=i, groups=config.norm_groups, blocks=config.blocks_per_level + 1,
                      up=i < len(config.channels) - 1)
         self.add("picture", groups=config.norm_groups)
-
-
-def entries(run: Run) -> list[Entry]:
-    """All tensors of a run's kit. Those inside the transformer are of the first step that repels."""
-    return Sheet(run).entries

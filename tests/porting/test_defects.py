@@ -19,7 +19,7 @@ import mmdit.model
 import mmdit.position
 import mmdit.t5
 import repulsion.config
-from porting import compare, record, report
+from porting import Run, compare, record, report
 
 SDPA = F.scaled_dot_product_attention
 
@@ -106,7 +106,8 @@ def pushed(change):
 
 
 def other_blocks(it):
-    it.run = replace(it.run, repulsion=replace(it.run.repulsion, blocks=(0,)), repels_in=(0,))
+    push = replace(it.run.repulsion, blocks=(0,))
+    it.run = Run(**vars(it.run) | {"repulsion": push, "repels_in": (0,)})
 
 
 def exchanged(*names):
@@ -388,7 +389,7 @@ def clamped(_):
     return torch.tensor([s * t / (1 + (s - 1) * t) for t in (1.0, 0.5, 0.0)])
 
 
-R, L1 = "dual.0.repulsion.", "latent.1"
+R, E, L1 = "dual.0.repulsion.", "dual.0.repulsion.mixing", "latent.1"
 BY_HAND = {
     "pad token": ("clip_l.ids", other_pad, "another pad token"),
     "T5 before CLIP": ("context", t5_first, "T5's tokens before CLIP's"),
@@ -413,13 +414,12 @@ BY_HAND = {
     "not divided by the trace": (R + "spectrum", lambda k: k[R + "spectrum"] * 2 * 1.0001, "not divided by the trace"),
     "entropy falls": (R + "gradient", lambda k: -k[R + "gradient"], "the other sign, or half of it"),
     "half the gradient": (R + "gradient", lambda k: k[R + "gradient"] / 2, "the other sign, or half of it"),
-    "gradient not normalized": (R + "mixing", steps(lambda s, g, m: s), "the gradient not normalized"),
-    "one gradient": (R + "mixing", steps(lambda s, g, m: s * size(g) / size(m), anew=False), "all steps along the first"),
-    "strength not divided": (R + "mixing", steps(lambda s, g, m: 3 * s * size(g) / size(m)), "each step as long as"),
-    "length of each sample": (R + "mixing", steps(lambda s, g, m: s * each(g) / each(m)), "both norms of each sample"),
-    "length of one sample": (R + "mixing", steps(lambda s, g, m: s * size(g) / size(m) / 2**0.5), "‖C‖ of one sample"),
-    "length of the batch": (R + "mixing", steps(lambda s, g, m: s * size(g).norm() / size(m).norm()),
-                            "both norms of the whole batch"),
+    "gradient not normalized": (E, steps(lambda s, g, m: s), "the gradient not normalized"),
+    "one gradient": (E, steps(lambda s, g, m: s * size(g) / size(m), anew=False), "all steps along the first"),
+    "strength not divided": (E, steps(lambda s, g, m: 3 * s * size(g) / size(m)), "each step as long as"),
+    "length of each sample": (E, steps(lambda s, g, m: s * each(g) / each(m)), "both norms of each sample"),
+    "length of one sample": (E, steps(lambda s, g, m: s * size(g) / size(m) / 2**0.5), "‖C‖ of one sample"),
+    "length of the batch": (E, steps(lambda s, g, m: s * size(g).norm() / size(m).norm()), "both norms of the whole"),
     "velocity of other patches": ("velocity.unconditional", lambda k: as_picture(k["image_out.out"][:4], "(p q c)"),
                                   "a patch's values in another order"),
     "branches of the velocity swapped": ("velocity.conditional", lambda k: k["velocity.unconditional"],
@@ -431,7 +431,7 @@ BY_HAND = {
     "Euler the wrong way": (L1, lambda k: 2 * k["noise"] - k[L1], "a step the wrong way"),
     "shift subtracted": ("decoder.in", lambda k: k["decoder.in"] - 2 * 0.0535, "the shift subtracted"),
     "scaling multiplied": ("decoder.in", lambda k: k[L1] * 0.5382 + 0.0535, "multiplied with the scaling"),
-    "pixels truncated": ("pixels", lambda k: ((k["image"].clamp(-1, 1) + 1) * 127.5).byte().movedim(1, -1), "truncated"),
+    "pixels truncated": ("pixels", lambda k: ((k["image"].clip(-1, 1) + 1) * 127.5).byte().movedim(1, -1), "truncated"),
     "GroupNorm of interleaved channels": ("image", lambda k: k["image"].mT, "rows and columns swapped"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from dataclasses import replace
 
@@ -17,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mmdit.blocks
 import porting.kit
 from mmdit import trace
-from porting import Kit, Run, compare, files, record, report, write
+from porting import Kit, Run, compare, record, report, write
 from porting.evaluate import Weights, evaluate
 from porting.kit import MARGIN, ROUNDING, Tf32
-from porting.stages import entries, networks
+from porting.stages import Sheet, networks
 from repulsion import cosine_kernel
 from repulsion.solvers import gradient_matrix
 from sampler import Pipeline, starting_noise
@@ -48,10 +49,11 @@ def assert_formulas_hold(pipeline, run, names):
     weights = Weights(networks(run.model))
     found = record(pipeline, run, weights)
     assert found.keys() == names
-    for entry in entries(run):
+    for entry in Sheet(run).entries:
         if entry.formula:
             ours, theirs = evaluate(entry, found, weights).double(), found[entry.name].double()
-            limit = 1e-6 if entry.stage in ("steps", "start") else 1e-12  # what the sampler keeps in float32
+            # what the sampler keeps in float32; a value in a hundred thousand that lies between two bytes
+            limit = 1e-6 if entry.stage in ("steps", "start") else 1e-3 if entry.name == "pixels" else 1e-12
             assert (ours - theirs).norm() <= limit * theirs.norm(), entry.name
 
 
@@ -86,14 +88,15 @@ def test_what_no_module_computes_is_the_pipeline_s_as_well(which, request):
 
 
 def close(found, wanted):
-    return (found.double() - wanted.double()).norm() < 1e-6 * wanted.norm()  # the kit is float32
+    """The kit is of a run with features in float64, the pipeline computes them in float32."""
+    return (found.double() - wanted.double()).norm() < 1e-4 * wanted.norm()
 
 
 @BOTH
 def test_inputs_stand_before_what_is_computed_from_them(found):
     seen = set()
     for row in found.rows:
-        assert seen >= {*row["inputs"]}, row["name"]
+        assert seen >= {*row["inputs"].values()}, row["name"]
         assert row["name"] not in seen
         seen.add(row["name"])
 
@@ -143,7 +146,7 @@ def test_other_settings_of_the_push_have_formulas_too(flux_model, flux_pipeline,
     pipeline = Pipeline.load(flux_model, dtype=torch.float64)
     pipeline.defaults = replace(defaults, repulsion=replace(defaults.repulsion, **settings))
     run = Run.of(pipeline, str(flux_model), PROMPTS)
-    assert_formulas_hold(pipeline, run, {entry.name for entry in entries(run)})
+    assert_formulas_hold(pipeline, run, {entry.name for entry in Sheet(run).entries})
 
 
 # ---- tolerances
@@ -171,7 +174,8 @@ def test_fed_tolerances_are_below_those_of_a_whole_run_and_grow_with_the_dtype(f
     ratio = [row["tolerance"]["float32"]["whole"] / row["tolerance"]["float32"]["fed"] for row in rows]
     assert statistics.median(ratio) > 3
     for low, high in (("float32", "tf32"), ("tf32", "bfloat16")):
-        median = {x: statistics.median(row["tolerance"][x]["fed"] for row in rows if row["weights"]) for x in (low, high)}
+        median = {x: statistics.median(row["tolerance"][x]["fed"] for row in rows if row["weights"])
+                  for x in (low, high)}
         assert median[high] > 10 * median[low]
 
 
@@ -249,8 +253,7 @@ def test_the_page_walks_through_every_tensor_in_order(tiny, kit):
                  "def mixing(", "def vendi(", "`transformer_blocks.0.attn.add_q_proj.weight`", "jax_default_matmul",
                  "(stored as (scale, shift))", "Usual mistakes: "):
         assert said in page, said
-    for said in ("def rope(", "def by_scale", "{"):
-        assert said not in page.split("## This run")[0] + page.split("```python")[2], said
+    assert "def rope(" not in page and "def inside(" not in page  # of the other family, and of a mistake
 
 
 def test_the_weights_that_a_page_names_are_all_of_the_files(flux_kit, flux_model):
@@ -296,7 +299,7 @@ def test_kits_that_are_no_kits_are_named(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="manifest.json is missing: write one with python -m porting write"):
         Kit.read(tmp_path)
     manifest = json.loads((tiny / "manifest.json").read_text())
-    files.write(tmp_path / "kit.safetensors", Kit.read(tiny).tensors)
+    shutil.copy(tiny / "kit.safetensors", tmp_path)
     for broken, message in (
         ("{", "Expecting property name"), ("[]", "list indices"), (json.dumps({"run": manifest["run"]}), "'tensors'"),
         (json.dumps(manifest | {"tensors": manifest["tensors"][1:]}), "do not list the same tensors"),
