@@ -225,7 +225,7 @@ def test_it_passes_the_kit(changed, tmp_path, images, repulsion):
     given = safetensors.read(tmp_path / "kit" / "kit.safetensors")
     given = {name: given[name] for name in ("clip_l.ids", "clip_g.ids", "t5.ids", "noise")}
     found = paint(parts, given, **settings | {"steps": 2})
-    rows = porting.compare(kit, {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in found.items()})
+    rows = porting.compare(kit, {name: torch.tensor(np.ascontiguousarray(x)) for name, x in found.items()})
     assert all(row.passed for row in rows), porting.report(rows)
 
 
