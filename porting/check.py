@@ -1,35 +1,35 @@
 """`compare` and `report`: a port's tensors against the kit's, stage by stage."""
 
-from itertools import permutations
+from contextlib import suppress
+from itertools import groupby, permutations
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .entry import Entry
+from .evaluate import Weights, edits, find
 from .kit import Kit, deviation
-from .stages import entries
-
-CLOSER = 5  # a mistake is reported as found where its result is that many times closer to the port's than the kit's
+from .stages import Entry, networks
 
 
 class Row(NamedTuple):
-    """The result for one tensor: `passed` is None where the port has no such tensor."""
+    """The result for one tensor, and the mistake that reproduces the port's tensor from the kit's."""
 
     entry: Entry
-    passed: bool | None
+    passed: bool | None  # None: it is missing
     said: str
-    cause: str | None = None  # the mistake that reproduces the port's tensor from the kit's
+    cause: str | None = None
 
 
-def compare(kit: Kit, theirs: dict[str, Tensor]) -> list[Row]:
-    """A row for each tensor of the kit, in its order. Raises ValueError where the port has none of them."""
+def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str = "float32") -> list[Row]:
+    """A row for each tensor of the kit, with the tolerances of a whole run in that dtype, or of tensors that were each
+    computed from the kit's own inputs (`fed`). Raises ValueError where the port has none of them."""
     if not kit.tensors.keys() & theirs.keys():
         first = next(iter(theirs), "no tensor at all")
         raise ValueError(f"none of the kit's tensors is there, the first is {first}: name tensors as in manifest.json")
-    wide = {name: tensor.double() for name, tensor in kit.tensors.items()}
-    rows = []
-    for entry, about in zip(entries(kit.run), kit.rows, strict=True):
-        wanted, found, tolerance = kit.tensors[entry.name], theirs.get(entry.name), about["tolerance"]
+    rows, weights, wrong = [], Weights({}), set()
+    for about in kit.rows:
+        entry, wanted, found = kit.entry(about), kit.tensors[about["name"]], theirs.get(about["name"])
+        tolerance = about["tolerance"][dtype]["fed" if fed else "whole"]
         if found is None:
             rows.append(Row(entry, None, "missing"))
         elif found.shape != wanted.shape:
@@ -37,8 +37,13 @@ def compare(kit: Kit, theirs: dict[str, Tensor]) -> list[Row]:
         elif not found.isfinite().all():
             rows.append(Row(entry, False, f"NaN or infinity in {(~found.isfinite()).sum()} of {found.numel()} numbers"))
         else:
-            off = deviation(found, wanted)
-            cause = None if off <= tolerance else diagnose(entry, wide, found.double())
+            off, cause = deviation(found, wanted), None
+            if off > tolerance:
+                with suppress(OSError, ValueError):  # without the checkpoint, mistakes in formulas alone are found
+                    weights = weights if weights.networks else Weights(networks(kit.run["model"]))
+                if fed or not wrong & {*entry.inputs.values()}:  # else it follows from its inputs' deviations
+                    cause = find(entry, kit.tensors, weights, found.double())
+                wrong.add(entry.name)
             rows.append(Row(entry, off <= tolerance, f"{off:.1e} of {tolerance:.1e}", cause))
     return rows
 
@@ -54,40 +59,32 @@ def other_shape(found: Tensor, wanted: Tensor, tolerance: float) -> str:
     return f"{said}: transposed by {nearest} the shape fits, the values {'fit too' if right else 'do not'}"
 
 
-def diagnose(entry: Entry, tensors: dict[str, Tensor], found: Tensor) -> str | None:
-    """The mistake whose result is nearest to the port's tensor, if it is much nearer than the kit's tensor."""
-    tensors = tensors | {"theirs": found}
-    own = tensors[entry.name]
-    results = {cause.words: cause.result(tensors, own) for cause in entry.causes if cause.result}
-    distances = {words: (found - result).norm().item() for words, result in results.items()
-                 if result.shape == found.shape and result.isfinite().all()}  # a transposed picture has another shape
-    words = min(distances, key=distances.get, default=None)
-    return words if words and distances[words] * CLOSER < (found - own).norm().item() else None
-
-
-def report(rows: list[Row]) -> str:
-    """The table, then the first deviation and its cause or usual causes."""
-    width = max(len(row.entry.name) for row in rows)
-    lines, stage = [], None
-    for row in rows:
-        if row.entry.stage != stage:
-            stage = row.entry.stage
-            lines.append(f"{stage}:")
-        mark = {True: "ok", False: "DEVIATES", None: "-"}[row.passed]
-        lines.append(f"  {row.entry.name:{width}}  {mark:8}  {row.said}")
-    wrong = [row for row in rows if row.passed is False]
-    missing = sum(row.passed is None for row in rows)
-    lines.append(f"\n{len(rows) - len(wrong) - missing} of {len(rows)} tensors pass, {len(wrong)} deviate, {missing} "
-                 "are missing (“a of b”: the deviation and its tolerance, both relative, for whole numbers absolute)")
+def report(rows: list[Row], fed: bool = False) -> str:
+    """The table, a line a stage for all missing tensors; then the first deviation and its cause or usual causes."""
+    width, lines = max(len(row.entry.name) for row in rows), []
+    for stage, group in groupby(rows, key=lambda row: row.entry.stage):
+        group = list(group)
+        absent = [row.entry.name for row in group if row.passed is None]
+        lines.append(f"{stage}:" + (f" not in your file: {', '.join(absent)}" if absent else ""))
+        lines += [f"  {row.entry.name:{width}}  {'ok' if row.passed else 'DEVIATES':8}  {row.said}" for row in group
+                  if row.passed is not None]
+    wrong, absent = ([row for row in rows if row.passed is kind] for kind in (False, None))
+    lines.append(f"\n{len(rows) - len(wrong) - len(absent)} of {len(rows)} tensors pass, {len(wrong)} deviate, "
+                 f"{len(absent)} are missing (“a of b”: the deviation and its tolerance, both relative, for whole "
+                 "numbers absolute)")
     if wrong:
-        first = wrong[0].entry
+        first, missing = wrong[0].entry, {row.entry.name for row in absent}
         lines += [f"first deviation: {first.name}, in stage {first.stage}: {wrong[0].said}",
-                  f"  formula: {first.formula}", f"  from: {', '.join(first.inputs) or 'the run in manifest.json'}"]
+                  f"  {'formula: ' + first.formula if first.formula else first.words}",
+                  f"  from: {', '.join(f'{x} = {name}' for x, name in first.inputs.items()) or 'nothing else'}"]
+        lines += [f"  its input {name} is not in your file: check that first" for name in first.inputs.values()
+                  if name in missing and not fed]
+        usual = [*dict.fromkeys(words for _, words in edits(first))]
         if wrong[0].cause:
             lines.append(f"  found: {wrong[0].cause} (with this mistake the kit's tensors give yours)")
-        elif first.causes:
-            lines.append("  usual causes:" + "".join(f"\n    {cause.words}" for cause in first.causes))
+        elif usual:
+            lines.append("  usual causes, of which none gives your tensor:" + "".join(f"\n    {x}" for x in usual))
         lines += [f"also found at {row.entry.name}: {row.cause}" for row in wrong[1:] if row.cause]
-        if len(wrong) > 1:
-            lines.append("later deviations may follow from the first: compute each stage from the kit's tensors to see")
+        if len(wrong) > 1 and not fed:
+            lines.append("later deviations may follow from the first: feed each stage the kit's tensors (--fed) to see")
     return "\n".join(lines)

@@ -7,13 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-
-
-def write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A .safetensors file."""
-    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, file)
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -23,9 +18,9 @@ def read(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix != ".npz":
             return load_file(file)
-        with np.load(file) as arrays:
-            return {name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="))) for name, array in
-                    arrays.items()}
+        with np.load(file) as arrays:  # in the machine's order of bytes; numpy stores bfloat16 without a type
+            return {name: torch.from_numpy(x.view("<i2")).view(torch.bfloat16) if x.dtype == "V2" else
+                    torch.from_numpy(x.astype(x.dtype.newbyteorder("="))) for name, x in arrays.items()}
     except (SafetensorError, zipfile.BadZipFile, zlib.error, AttributeError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): write it with safetensors or numpy.savez, arrays of "
                          "numbers only") from error

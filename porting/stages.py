@@ -1,213 +1,243 @@
-"""The tensors of a kit in the order of computation: name, formula, inputs and usual mistakes of each."""
+"""The tensors of a kit in the order of computation, by the tables in formulas.md; and the run that they are of."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from mmdit.trace import PARTS
+from repulsion import Repulsion
+from sampler import Pipeline
+from weights import Stored, inspect_checkpoint, open_part
 
-from . import mistakes as m
-from .blocks import blocks, modulated, modulation
-from .entry import Cause, Entry, Tensors
-from .run import Run
-
-BATCH = Cause("samples in another order: all of the first prompt, then all of the second")
-
-
-def entries(run: Run) -> list[Entry]:
-    """All tensors of a run's kit. Those inside the transformer are of the step `run.step`."""
-    steps = [*euler_steps(run)]
-    return [*text(run), *start(run), *steps[: run.step], *embedding(run), *blocks(run), *velocity(run),
-            *steps[run.step :], *image(run)]
-
-
-def latent_at(step: int) -> str:
-    """The name of the latent at the start of a step."""
-    return f"latent.{step}" if step else "noise"
+HERE = Path(__file__).parent
+OBJECTIVES = {  # derivatives by the density matrix
+    "vendi": "vendi", "dpp": "lambda x: x.inverse()",
+    "rke": "lambda x: -2 * x / (x * x).sum((1, 2))[:, None, None]", "cosine": "lambda x: 0 * x - 1 / (len(x[0]) - 1)",
+}
 
 
-def text(run: Run) -> Iterator[Entry]:
-    sd3 = run.transformer.position == "table"
-    for role in run.encoders:
-        pad, formula = "that of tokenizer_config.json, or the end token", "start token, lower-cased words, end token"
-        if role == "t5":
-            pad, formula = "<pad>", "pieces, end token"
-        yield Entry(f"{role}.ids", "tokens", f"{formula}, padding; a row for each prompt", (), (
-            Cause(f"another pad token: it is {pad}", lambda k, own: m.other_pad(own, k["theirs"])),
-            Cause("start or end token: T5 has no start token, CLIP has both"),
-        ))
-    for role in run.encoders:
-        if role == "t5":
-            yield Entry("t5.states", "text encoders", "the last layer's states after the final norm", ("t5.ids",), (
-                Cause("scores divided by √k: T5 does not divide"), Cause("padding masked: T5 attends to it here"),
-                Cause("LayerNorm in place of RMSNorm, or its eps (1e-6)"), Cause("exact GELU: it is the tanh form"),
-                Cause("the buckets of key − query: half of them for keys after the query, one table for all layers"),
-            ))
-            continue
-        layers = (Cause("the activation, see config.json: quick_gelu is x · sigmoid(1.702 x), gelu is the exact GELU"),
-                  Cause("no causal mask: a token attends to itself and earlier ones"), Cause("LayerNorm's eps (1e-5)"))
-        if sd3:
-            yield Entry(f"{role}.penultimate", "text encoders", "the states that enter the last layer, not normalized",
-                        (f"{role}.ids",), (*layers, Cause("the last layer's states, or the final norm applied")))
-        yield Entry(f"{role}.pooled", "text encoders", "the last layer's state at the first end token, after the final "
-                    "norm" + ", projected (no bias)" * sd3, (f"{role}.ids",), (
-            Cause("taken at another token: it is the first end token"),
-            Cause("projected, or not: SD3's are, FLUX.1's is not"), *layers,
-        ))
+def networks(model: str) -> dict[str, Stored]:
+    """The networks of a checkpoint by role, none of them read yet."""
+    found = inspect_checkpoint(model)
+    return {role: open_part(part, family=found.family) for role, part in found.parts.items()}
 
 
-def start(run: Run) -> Iterator[Entry]:
-    clips = [role for role in run.encoders if role != "t5"]
-    if run.transformer.position == "table":
-        states = (*(f"{role}.penultimate" for role in clips), *(("t5.states",) if "t5" in run.encoders else ()))
-        formula = "the CLIPs' states concatenated along the width, zeros up to T5's width; then T5's tokens" + (
-            "" if "t5" in run.encoders else ", which are zeros")
-        yield Entry("context", "conditioning", formula, states, (
-            Cause("T5's tokens before CLIP's", lambda k, own: own.roll(-k[states[0]].shape[1], 1)),
-            Cause("the CLIPs in the other order, or the zeros not at the end"),
-        ))
-    else:
-        yield Entry("context", "conditioning", "T5's states", ("t5.states",))
-    pooled = tuple(f"{role}.pooled" for role in clips)
-    yield Entry("pooled", "conditioning", "the pooled vectors of the CLIPs, concatenated", pooled, (
-        Cause("the CLIPs in the other order", lambda k, own: torch.cat([k[name] for name in pooled[::-1]], -1)),
-    ))
-    yield Entry("noise", "start", "standard normal: take it from the kit", (), (
-        Cause("other noise: no other library draws the same from a seed, so take the kit's"),
-    ))
-    times = torch.linspace(1, 0, run.steps + 1, dtype=torch.float64)
-    if run.transformer.position == "table":
-        formula = (f"s(t) = {run.shift:g} t / (1 + {run.shift - 1:g} t): s of {run.steps} evenly spaced times from 1 "
-                   "to s(1/1000), then 0")
-    else:
-        formula = f"s t / (1 + (s − 1) t) of {run.steps + 1} evenly spaced times t from 1 to 0, " + (
-            f"s = {run.shift:g}" if run.shift else "log s on a line from 0.5 at 256 image tokens to 1.15 at 4096")
-    unshifted = torch.cat([torch.linspace(1, 1e-3, run.steps, dtype=torch.float64), times[-1:]])
-    yield Entry("sigmas", "start", formula, (), (
-        Cause("σ not shifted", lambda k, own: times),
-        Cause("σ not shifted, its last but one 1/1000", lambda k, own: unshifted),
-        Cause("times that end at 0: SD3's end at the shifted 1/1000, are shifted again, and then comes 0",
-              lambda k, own: (run.shift or 1) * times / (1 + ((run.shift or 1) - 1) * times)),
-        Cause("σ in thousandths: it runs from 1 to 0", lambda k, own: 1000 * own),
-        Cause("σ rising: it falls", lambda k, own: own.flip(0)),
-    ))
+class Run(SimpleNamespace):
+    """Pictures of some prompts, each prompt's a group that repels, and all that they depend on: prompts, the negative
+    one of classifier-free guidance first; images of each; branches, 2 with that guidance; batch, of each sample of the
+    transformer's batch the row of its prompt, and their number, samples; rows and columns of patches; repels_in, the
+    blocks, dual-stream ones first; the networks' configs; of each encoder the prompts' ids, pad token and length."""
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, model: str, prompt: str | Sequence[str], images: int = 2, **given: Any) -> "Run":
+        """The checkpoint's defaults, and what is given of steps, seed, guidance, height, width, strength, iterations;
+        repulsion of strength 1 where there is none. Raises ValueError for a call without it, or without its formula."""
+        usual, text, given = pipeline.defaults, pipeline.text, {x: y for x, y in given.items() if y is not None}
+        push = {name: given.pop(name) for name in ("strength", "iterations") if name in given}
+        push |= {"scale": None} if "strength" in push else {}
+        r = replace(usual.repulsion or Repulsion(strength=1.0), **push)
+        call = {x: getattr(usual, x) for x in ("steps", "guidance", "height", "width")} | {"seed": 0} | given
+        if images < 2 or call["steps"] <= r.start or r.objective not in OBJECTIVES:
+            raise ValueError("a kit of this checkpoint needs at least 2 images, which repel each other, at least "
+                             f"{r.start + 1} steps, since repulsion starts after {r.start}, and one of the objectives "
+                             f"{', '.join(OBJECTIVES)}: got {images}, {call['steps']} and {r.objective}")
+        configs = {role: stored.config for role, stored in networks(model).items()}
+        config, sd3 = configs["transformer"], text.family == "sd3"
+        guided = sd3 and (call["guidance"] or 0) > 1
+        prompts = [""] * guided + ([prompt] if isinstance(prompt, str) else [*prompt])
+        tokens, dual = {}, config.num_dual_blocks
+        encoders = [*zip(("clip_l", "clip_g"), text.clips, strict=False), *([("t5", text.t5)] if text.t5 else [])]
+        for role, (tokenizer, _) in encoders:
+            n = text.t5_length if role == "t5" else tokenizer.length
+            rows = zip(tokenizer(prompts, n).tolist(), map(tokenizer.count, prompts), strict=True)
+            tokens[role] = [row[:count] for row, count in rows], tokenizer.pad_token, n
+        pictures = images * (len(prompts) - guided)
+        batch = [f"[0] * {pictures}"] * guided + [f"[{i}] * {images}" for i in range(guided, len(prompts))]
+        last = dual - sd3 if r.single_stream_tokens == "none" or sd3 else None  # SD3 drops the last block's context
+        sizes = {name: call[side] // pipeline.multiple for name, side in (("rows", "height"), ("columns", "width"))}
+        return cls(model=model, prompts=tuple(prompts), images=images, **call, **sizes, sd3=sd3, branches=1 + guided,
+                   batch=" + ".join(batch), samples=pictures * (1 + guided), repulsion=r, schedule=pipeline.schedule,
+                   configs=configs, tokens=tokens, context_tokens=text.t5_length + (tokens["clip_l"][2] if sd3 else 0),
+                   repels_in=tuple(i for i in range(config.num_blocks)[:last] if r.acts_in(i, config.num_blocks)))
 
 
-def time_causes(level: Callable[[Tensors], Tensor]) -> tuple[Cause, ...]:
-    """Mistakes in the features of a level, which is σ or the guidance."""
-    return (
-        Cause("sines before cosines", lambda k, own: own.roll(128, -1)),
-        Cause("σ for 1000 σ", lambda k, own: m.features(level(k), per_unit=1).expand_as(own)),
-        Cause("1000 σ times 1000", lambda k, own: m.features(level(k), per_unit=1e6).expand_as(own)),
-        Cause("1 − σ for σ", lambda k, own: m.features(1 - level(k)).expand_as(own)),
-        Cause("frequencies 10000^(−j/127): it is −j/128", lambda k, own: m.features(level(k), last=1).expand_as(own)),
-    )
+class Entry(NamedTuple):
+    """A tensor of a kit: its formula, as in formulas.md, or in words what it is; inputs, the tensors that the formula's
+    variables stand for; and the place of the weights w."""
+
+    name: str
+    stage: str
+    formula: str
+    inputs: dict[str, str]
+    place: str
+    words: str
 
 
-def embedding(run: Run) -> Iterator[Entry]:
-    config, latent = run.transformer, latent_at(run.step)
-    p, table, guided = config.patch_size, config.position == "table", config.guidance_embedding
-    yield Entry("time_in.in", "embedding", f"cos, then sin of 1000 σ · 10000^(−j/128), j = 0 … 127; σ = "
-                f"sigmas[{run.step}]", ("sigmas",), time_causes(lambda k: k["sigmas"][run.step, None]))
-    if guided:
-        yield Entry("guidance_in.in", "embedding", f"the same of 1000 · {run.guidance:g}, the guidance", (),
-                    time_causes(lambda k: torch.tensor([run.guidance])))
-    more = ("guidance_in.in",) if guided else ()
-    yield Entry("dual.0.vector.in", "embedding", "time_in(features) + pooled_in(pooled)" + " + guidance_in(features)"
-                * guided + ", each W SiLU(W x + b) + b", ("time_in.in", *more, "pooled"), (
-        Cause("another activation between the two layers, or none: it is SiLU"), BATCH,
-    ))
-    yield Entry("context_in.out", "embedding", "W context + b", ("context",), (BATCH,))
-    yield Entry("image_in.in", "embedding", "patches of the latent, row by row, each as (c p q)", (latent,), (
-        *(Cause(f"a patch's values as ({order}): they are (c p q)", lambda k, own, order=order:
-                m.patches(k[latent], order, p).repeat(len(run.prompts), 1, 1)) for order in ("p q c", "c q p")),
-        Cause("patches column by column: they go row by row"), BATCH,
-    ))
-    yield Entry("image_in.out", "embedding", "W patch + b", ("image_in.in",), (
-        Cause("the convolution's weight (d, c, p, p) flattened in another order than the patch: (c p q)"),
-    ))
-    if not table:
-        yield Entry("dual.0.rope.in", "embedding", "cos, then sin of the angles position · θ^(−2j/w), side by side for "
-                    f"the axes (picture, row, column) with w = {', '.join(map(str, config.rope_axes))}; j < w/2, "
-                    f"θ = {config.rope_theta}; the position of context tokens is 0, 0, 0", (), (
-            Cause("sin before cos", lambda k, own: own.flip(0)), Cause("rows and columns swapped"),
-            Cause("context tokens numbered: all are at position 0"), Cause("θ, or the axes"),
-        ))
-    yield Entry("dual.0.context.in", "embedding", "context_in.out", ("context_in.out",))
-    yield Entry("dual.0.image.in", "embedding", "image_in.out" + " + the middle rows × columns of the position table"
-                * table, ("image_in.out",), (
-        Cause("the position table cropped from its corner: it is cropped from its middle"),
-        Cause("rows and columns of the table swapped"), Cause("no position added", lambda k, own: k["image_in.out"]),
-    ) if table else ())
+TABLES = {name: re.findall(r"^\| (.*?) \| (.*?) \| (.*) \|$", rows, re.MULTILINE) for name, rows in re.findall(
+    r"^### (.*)\n((?:\|.*\n)*)", (HERE / "formulas.md").read_text(encoding="utf-8"), re.MULTILINE)}
 
 
-def velocity(run: Run) -> Iterator[Entry]:
-    config, p = run.transformer, run.transformer.patch_size
-    single = config.num_single_blocks
-    last = f"single.{single - 1}.tokens.out" if single else f"dual.{config.num_dual_blocks - 1}.image.out"
-    yield modulation("velocity", "final_modulation", 2)
-    yield modulated("velocity", "image_out.in", "final_modulation", "the image's tokens", (last,),
-                    lambda k: k[last][:, -k["image_in.in"].shape[1] :])
-    yield Entry("image_out.out", "velocity", "W x + b, the values of each patch as (c p q)", ("image_out.in",), (
-        Cause("rows as (p q c), as SD3's files store them: reorder them to (c p q)", lambda k, own: m.patches(
-            m.picture(own, k["noise"], "c p q", p), "p q c", p)),
-    ))
-    branches = ("unconditional", "conditional")[-len(run.prompts) :]
-    for i, branch in enumerate(branches):
-        def put(k: Tensors, order: str, i: int = i) -> Tensor:
-            return m.picture(k["image_out.out"].chunk(len(branches))[i], k["noise"], order, p)
+class Sheet:
+    """The entries of a run, table by table; those inside the transformer are of the first step that repels."""
 
-        other = f"velocity.{branches[len(branches) - 1 - i]}"
-        yield Entry(f"velocity.{branch}", "velocity", f"the patches put together; the samples of prompt {i + 1}",
-                    ("image_out.out",), (
-            *(Cause(f"a patch's values taken as ({order}): they are (c p q)",
-                    lambda k, own, order=order, put=put: put(k, order)) for order in ("p q c", "c q p")),
-            Cause("the branches swapped: the first prompt comes first", lambda k, own, other=other: k[other]),
-            Cause("the other sign: velocity is noise − picture", lambda k, own: -own),
-        ))
-    if len(branches) == 1:
-        yield Entry("velocity.guided", "guidance", "the same: no classifier-free guidance", ("velocity.conditional",))
-        return
-    u, c = "velocity.unconditional", "velocity.conditional"
-    formula = f"unconditional + {run.guidance:g} (conditional − unconditional)"
-    yield Entry("velocity.guided", "guidance", formula, (u, c), (
-        Cause("the branches swapped in the guidance", lambda k, own: k[c] + run.guidance * (k[u] - k[c])),
-        Cause("added to the conditional velocity, not to the unconditional",
-              lambda k, own: k[c] + run.guidance * (k[c] - k[u])),
-        Cause("no guidance", lambda k, own: k[c]),
-    ))
+    def __init__(self, run: Run):
+        self.run, self.config, self.n = run, run.configs["transformer"], run.context_tokens
+        self.sd3, self.dual, self.single = run.sd3, self.config.num_dual_blocks, self.config.num_single_blocks
+        self.entries, self.names, self.stage, self.place = [], {}, "", ""
+        self.text()
+        for step in range(run.steps):
+            if here := step == run.repulsion.start:
+                self.transformer()
+            self.stage = "steps"
+            self.add("step" if here else "other step", step=step, next=step + 1)
+        self.image()
 
+    def add(self, table: str, **values: Any) -> None:
+        """The rows of a table. A variable of a formula is the tensor that was last added with that name."""
+        for row in TABLES[table]:
+            variable, name, formula = (x.format_map(vars(self.run) | values) for x in row)
+            used = dict.fromkeys(re.findall(r"(?<![\w.])[A-Za-z]\w*", formula))
+            used |= {"modulation": None} if used.keys() & {*PARTS} else {}
+            inputs, words = {x: self.names[x] for x in used if x in self.names}, formula.strip("“”")
+            formula, words = ("", words) if words != formula else (formula, "")
+            self.entries.append(Entry(name, self.stage, formula, inputs, self.place, words))
+            self.names[variable] = name
 
-def euler_steps(run: Run) -> Iterator[Entry]:
-    repels = f"{run.step} … {run.step + run.repulsion.steps - 1}"
-    for step in range(run.steps):
-        x, name, here = latent_at(step), f"latent.{step + 1}", step == run.step
-        formula = f"{x} + (sigmas[{step + 1}] − sigmas[{step}]) · " + (
-            "velocity.guided" if here else f"the guided velocity of {x}")
-        yield Entry(name, "steps", formula, (x, "sigmas", *(("velocity.guided",) if here else ("context", "pooled"))), (
-            Cause("a step the wrong way: σ falls, the difference is negative", lambda k, own, x=x: 2 * k[x] - own),
-            Cause("a step of σ, not of the difference to the next σ"),
-        ) if here else (
-            Cause(f"repulsion in other steps: it acts in {repels}"), Cause("another step's σ in the features"),
-        ))
+    def text(self) -> None:
+        run, s, dim = self.run, self.run.schedule, self.config.context_dim
+        for role, (ids, pad, n) in run.tokens.items():
+            config, self.stage, self.place = run.configs[role], role, role
+            count, h = config.num_layers, config.num_heads
+            values = {"role": role, "ids": ids, "pad": pad, "n": n, "layers": count, "last": count - 1}
+            if role == "t5":
+                self.add("t5", **values, more=f"{h}, t5_bias(w, {n}, {config.relative_buckets}, "
+                         f"{config.relative_max_distance})")
+            else:
+                values |= {"more": f"{h}, {config.hidden_size // h} ** -0.5, {config.activation}"}
+                self.add("clip", **values)
+                self.add("clip sd3" if self.sd3 else "clip flux", **values, end=config.end_token)
+        clips, self.stage = [role for role in run.tokens if role != "t5"], "start"
+        zeros = dim - sum(run.configs[role].hidden_size for role in clips)
+        t5 = "t5" if "t5" in run.tokens else f"zeros({len(run.prompts)}, {self.n - run.tokens[clips[0]][2]}, {dim})"
+        context = f"cat([pad(cat([{', '.join(clips)}], -1), (0, {zeros})), {t5}], 1)"
+        slope = f"({s.max_shift} - {s.base_shift}) / ({s.max_image_seq_len} - {s.base_image_seq_len})"
+        shift = f"exp({s.base_shift} + {slope} * ({run.rows * run.columns} - {s.base_image_seq_len}))"
+        sd3 = f"cat([shifted(line(1, shifted(0.001, {s.shift}), {run.steps}), {s.shift}), zeros(1)])"
+        flux = f"shifted(line(1, 0, {run.steps + 1}), {shift if s.shift is None else s.shift})"
+        self.add("start", context=context if self.sd3 else t5, levels=sd3 if self.sd3 else flux,
+                 pooled=", ".join(f"{role}_pooled" for role in clips))
 
+    def transformer(self) -> None:
+        run, config, self.stage, self.place = self.run, self.config, "embedding", "transformer"
+        p, vector = config.patch_size, f"mlp(time, w.time_in, silu) + mlp(pooled[{run.batch}], w.pooled_in, silu)"
+        self.add("embedding", step=run.repulsion.start)
+        if config.guidance_embedding:
+            self.add("guidance", guidance=float(run.guidance))
+            vector += " + mlp(guidance, w.guidance_in, silu)"
+        self.add("embedded", vector=vector, p=p)
+        self.add("table" if self.sd3 else "rope", n=self.n, axes=config.rope_axes, theta=config.rope_theta)
+        for i in range(self.dual):
+            self.dual_block(i)
+        for i in sorted({0, self.single - 1} if self.single else ()):
+            self.single_block(i)
+        self.stage, self.place = "velocity", "transformer"
+        self.add("modulation", place="final_", layer="final_modulation", parts=2)
+        self.add("normed", x="image", tokens=f"tokens[:, {self.n}:]" if self.single else "image", place="image_out.in")
+        self.add("velocity")
+        half, guided = run.samples // 2, f"unconditional + {run.guidance} * (conditional - unconditional)"
+        for branch, part in (("unconditional", f"[:{half}]"), ("conditional", f"[{half}:]"))[-run.branches :]:
+            self.add("branch", branch=branch, p=p, part=part * (run.branches > 1))
+        self.add("guided", guided=guided if run.branches > 1 else "conditional")
 
-def image(run: Run) -> Iterator[Entry]:
-    scaling, shift, last = run.autoencoder.scaling, run.autoencoder.shift, f"latent.{run.steps}"
-    yield Entry("decoder.in", "image", f"latent / {scaling:g} + {shift:g}", (last,), (
-        Cause("the shift added before the division", lambda k, own: (k[last] + shift) / scaling),
-        Cause("multiplied with the scaling, as in encoding", lambda k, own: k[last] * scaling + shift),
-        Cause("the shift subtracted, as in encoding", lambda k, own: k[last] / scaling - shift),
-        Cause("neither scaling nor shift", lambda k, own: k[last]),
-    ))
-    yield Entry("image", "image", "the decoder's output, about −1 … 1", ("decoder.in",), (
-        Cause("rows and columns swapped", lambda k, own: own.mT),
-        Cause("channels as blue, green, red", lambda k, own: own.flip(1)),
-        Cause("GroupNorm: a group is consecutive channels, eps is 1e-6"),
-        Cause("upsampling: values are repeated, then convolved"),
-        Cause("the attention: it has one head, its scores are divided by √channels"),
-    ))
-    yield Entry("pixels", "image", "round((clip(image, −1, 1) + 1) · 127.5) as (rows, columns, channels)", ("image",), (
-        Cause("truncated: it is rounded",
-              lambda k, own: ((k["image"].clamp(-1, 1) + 1) * 127.5).floor().movedim(1, -1)),
-        Cause("not clipped before the conversion to 8 bits"),
-    ))
+    def between(self, kind: str, i: int, names: Sequence[str]) -> None:
+        for x in names if i else ():
+            self.add("between", block=f"{kind}.{i}", x=x, names=", ".join([*names, "vector"]))
+        self.names |= {x: f"{kind}.{i}.{x}.in" for x in names}
+
+    def projected(self, x: str, tokens: str, w: str) -> str:
+        split = f"heads(linear({tokens}, {w}.{x}), {self.config.num_heads})"
+        return f"rms_norm({split}, 1e-6, {w}.norm_{x})" if x != "v" and self.config.qk_norm else split
+
+    def attention(self, block: str, streams: dict[str, str]) -> None:  # streams: normalized tokens, their weights
+        parts = {x: ", ".join(self.projected(x, *stream) for stream in streams.items()) for x in "qkv"}
+        parts |= {x: f"cat([{part}], 2)" for x, part in parts.items() if len(streams) > 1}
+        parts |= {x: f"rotate({parts[x]}, angles)" for x in ("q", "k") if not self.sd3}
+        self.add("attention", block=block, scale=f"{self.config.head_dim} ** -0.5", **parts)
+
+    def dual_block(self, i: int) -> None:
+        config, n, block, streams = self.config, self.n, f"dual.{i}", ("context", "image")
+        self.stage, self.place = block, f"transformer.dual_blocks.{i}"
+        if 0 < i < self.dual - 1:
+            if i == self.run.repels_in[0]:
+                self.push(block, i, f"“the context that leaves the attention of {block}, of context, image and vector”")
+            return
+        second, scale = i in config.dual_attention_blocks, f"{config.head_dim} ** -0.5"
+        kept = streams[self.sd3 and i == self.dual - 1 :]  # the context output of SD3's last block is unused
+        self.between("dual", i, streams)
+        for x in streams:
+            parts = 2 if x not in kept else 9 if second and x == "image" else 6
+            self.add("modulation", place=f"{block}.{x}.", layer=f"{x}.modulation", parts=parts)
+        for x in streams:
+            self.names["modulation"] = f"{block}.{x}.modulation"
+            self.add("normed", x=x, tokens=x, place=f"{block}.attention.{x}.in")
+        self.attention(block, {f"{x}_normed": f"w.attention.{x}" for x in streams})
+        for x in kept:
+            part = f":{n}" if x == "context" else f"{n}:"
+            formula = f"linear(joined(attended[:, :, {part}]), w.attention.{x}.out)"
+            if x == "context" and i in self.run.repels_in:
+                formula = self.push(block, i, formula)
+            self.add("out", block=block, x=x, formula=formula)
+        if second:
+            qkv = {x: self.projected(x, "second_normed", "w.image_attention") for x in "qkv"}
+            self.add("second", block=block, scale=scale, **qkv)
+        for x in kept[::-1]:
+            self.names["modulation"] = f"{block}.{x}.modulation"
+            y = f"{x} + gate * {x}_attended" + " + second_gate * second" * (second and x == "image")
+            self.add("mlp", block=block, x=x, y=y)
+        self.names |= {x: f"{block}.{x}.out" for x in kept}
+
+    def single_block(self, i: int) -> None:
+        block, attended, number = f"single.{i}", "joined(attended)", self.dual + i
+        self.stage, self.place = block, f"transformer.single_blocks.{i}"
+        if i:
+            self.between("single", i, ("tokens",))
+        else:
+            self.add("joined")
+        self.add("modulation", place=f"{block}.", layer="modulation", parts=3)
+        self.add("normed", x="tokens", tokens="tokens", place=f"{block}.linear_in.in")
+        self.attention(block, {"tokens_normed": "w"})
+        if number in self.run.repels_in:
+            context = self.run.repulsion.single_stream_tokens == "context"
+            attended = self.push(block, number, attended, f"[:, :{self.n}]" * context)
+        self.add("single", block=block, attended=attended)
+
+    def push(self, block: str, number: int, formula: str, tokens: str = "") -> str:
+        """The push of a block, of its tokens at that index; for the first block that repels also what is inside it."""
+        run, r, self.stage = self.run, self.run.repulsion, f"{block}.repulsion"
+        halved, half = run.branches == 2 and r.branches == "conditional", run.samples // 2
+        first, moving = number == run.repels_in[0] < self.dual, "C" + f"[{half}:]" * halved + tokens
+        objective, amount = OBJECTIVES[r.objective], r.strength if r.scale is None else r.scale
+        length = f"{amount} / {r.iterations}" + " * norm(gram) / norm(moved)" * (r.scale is None)
+        gram = f"gram({moving}, {run.samples // (1 + halved) // run.images})"
+        settings = f"{objective}, {r.kernel_reg}, {r.iterations}, lambda gram, moved: {length}"
+        mixing = f"mixing({'G' if first else gram}, {settings})"
+        self.add("repulsion", block=block, formula=formula)
+        if first:
+            self.add("inside", block=block, gram=gram, eps=r.kernel_reg, objective=objective, moving=moving,
+                     mixing=mixing)
+        moved = f"{moving} + mixed({'E' if first else mixing}, {moving})"
+        moved = f"cat([{moved}, C[:, {self.n}:]], 1)" if tokens else moved
+        self.add("pushed", block=block, pushed=f"cat([C[:{half}], {moved}])" if halved else moved)
+        self.stage = block
+        return "pushed"
+
+    def image(self) -> None:
+        config, self.stage, self.place = self.run.configs["autoencoder"], "image", "autoencoder.decoder"
+        self.add("decoder", scaling=config.scaling, shift=config.shift, groups=config.norm_groups)
+        for i in range(len(config.channels)):
+            self.add("level", i=i, groups=config.norm_groups, blocks=config.blocks_per_level + 1,
+                     up=i < len(config.channels) - 1)
+        self.add("picture", groups=config.norm_groups)

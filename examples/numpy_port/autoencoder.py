@@ -14,11 +14,13 @@ class Decoder(Network):
         x = self.residual("decoder.mid_block.resnets.0", x)
         x = self.attention("decoder.mid_block.attentions.0", x)
         x = self.residual("decoder.mid_block.resnets.1", x)
+        self.note("decoder.", {"middle.out": x})
         for level in range(len(self.config["block_out_channels"])):
             for i in range(self.config["layers_per_block"] + 1):
                 x = self.residual(f"decoder.up_blocks.{level}.resnets.{i}", x)
             up = f"decoder.up_blocks.{level}.upsamplers.0.conv"
             x = self.conv(up, x.repeat(2, axis=2).repeat(2, axis=3)) if f"{up}.weight" in self.w else x
+            self.note("decoder.", {f"levels.{level}.out": x})
         return self.conv("decoder.conv_out", silu(self.group_norm("decoder.conv_norm_out", x)))
 
     def conv(self, name: str, x: Array) -> Array:

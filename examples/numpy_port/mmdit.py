@@ -10,9 +10,10 @@ from .repulsion import Repulsion
 
 class Transformer(Network):
     def velocity(self, latent: Array, sigma: float, context: Array, pooled: Array, repulsion: Repulsion | None = None,
-                 groups: int = 1) -> Array:
+                 groups: int = 1, branches: int | None = None) -> Array:
         """latent (b, c, H, W), sigma in [0, 1], context (b, n, ·), pooled (b, ·) → noise − image (b, c, H, W). The
-        batch is `groups` groups of equal size, one after the other; samples of one group repel each other."""
+        batch is `groups` groups of equal size, one after the other; samples of one group repel each other. Each of the
+        `branches` of guidance has as many of them, the conditional one last; None: a group is a branch."""
         p, size, layers = (self.config[key] for key in ("patch_size", "pos_embed_max_size", "num_layers"))
         b, c, height, width = latent.shape
         rows, columns = height // p, width // p
@@ -26,7 +27,7 @@ class Transformer(Network):
                        "image_in.out": embedded})
         for i in range(layers):
             here = repulsion if repulsion and repulsion.acts_in(i, layers) else None
-            context, image = self.block(i, context, image, vector, here, groups)
+            context, image = self.block(i, context, image, vector, here, groups, branches)
             self.note(f"dual.{i}.", {"context.out": context, "image.out": image})
         shift, scale = self.modulation("norm_out.linear", vector, 2)
         image = modulate(image, shift, scale)
@@ -50,8 +51,8 @@ class Transformer(Network):
         values = np.split(self.linear(name, silu(vector))[:, None], parts, axis=2)
         return values[::-1] if parts == 2 else values
 
-    def block(self, i: int, context: Array, image: Array, vector: Array, repulsion: Repulsion | None,
-              groups: int) -> tuple[Array | None, Array]:
+    def block(self, i: int, context: Array, image: Array, vector: Array, repulsion: Repulsion | None, groups: int,
+              branches: int | None = None) -> tuple[Array | None, Array]:
         """Dual-stream block i: context (b, n, d), image (b, m, d) → the same; the last, whose context output is unused,
         returns None for it and does not repel."""
         last = i == self.config["num_layers"] - 1
@@ -62,7 +63,7 @@ class Transformer(Network):
         context_attended, image_attended = self.attention(
             i, modulate(context, *c_parts[:2]), modulate(image, *parts[:2]))
         if repulsion and not last:  # Eq. 2
-            context_attended, inside = repulsion.push(context_attended, groups)
+            context_attended, inside = repulsion.push(context_attended, groups, branches)
             self.note(f"dual.{i}.repulsion.", inside)
         self.note(f"dual.{i}.attention.", {"context.out": context_attended, "image.out": image_attended})
         image = self.feed_forward(i, "image", image + parts[2] * image_attended, *parts[3:])

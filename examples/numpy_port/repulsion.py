@@ -22,9 +22,9 @@ class Repulsion:
         names = ("all", ("first", "middle", "last")[3 * block // blocks])
         return self.blocks in names if isinstance(self.blocks, str) else block in self.blocks
 
-    def push(self, tokens: Array, groups: int) -> tuple[Array, dict[str, Array]]:
+    def push(self, tokens: Array, groups: int, branches: int | None = None) -> tuple[Array, dict[str, Array]]:
         """The samples of each group apart: tokens (groups · B, n, d) → the same shape, and the intermediate tensors."""
-        pushed = 1 if self.branches == "conditional" else groups  # the last group is the conditional branch
+        pushed = groups // (branches or groups) if self.branches == "conditional" else groups  # the last ones
         unchanged, moving = np.split(tokens, [len(tokens) // groups * (groups - pushed)])
         c = moving.reshape(pushed, len(moving) // pushed, -1).astype(np.float64)  # (g, B, n · d): a sample is a vector
         gram = c @ c.swapaxes(1, 2)

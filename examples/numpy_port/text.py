@@ -1,6 +1,7 @@
 """Token ids → the context and the pooled vector. Ours: mmdit/clip.py, mmdit/t5.py, sampler/conditioning.py."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Clip(Network):
             x = x + self.linear(f"{name}.self_attn.out_proj", attend(q, k, v, bias=causal))
             h = self.linear(f"{name}.mlp.fc1", self.layer_norm(f"{name}.layer_norm2", x))
             x = x + self.linear(f"{name}.mlp.fc2", activation(h))
+            self.record.setdefault("layer_0", x)
         last = self.layer_norm("text_model.final_layer_norm", x)
         first_end = (ids == self.config["eos_token_id"]).argmax(axis=1)  # CLIP-L pads with the end token too
         return penultimate, self.linear("text_projection", last[np.arange(len(ids)), first_end])
@@ -44,6 +46,7 @@ class T5(Network):
             h = self.rms_norm(f"{mlp}.layer_norm", x)
             h = gelu_tanh(self.linear(f"{mlp}.DenseReluDense.wi_0", h)) * self.linear(f"{mlp}.DenseReluDense.wi_1", h)
             x = x + self.linear(f"{mlp}.DenseReluDense.wo", h)
+            self.record.setdefault("layer_0", x)
         return self.rms_norm("encoder.final_layer_norm", x)
 
     def position_bias(self, n: int) -> Array:
@@ -62,11 +65,13 @@ class T5(Network):
 def encode(parts: dict[str, Network], inputs: dict[str, Array], record: dict[str, Array]) -> tuple[Array, Array]:
     """Ids of g prompts → context (g, N, width): the states of both CLIPs side by side, padded with zeros to T5's width,
     then T5's; and pooled (g, pooled_dim): the CLIPs' side by side."""
-    states_l, pooled_l = parts["clip_l"].encode(inputs["clip_l.ids"])
-    states_g, pooled_g = parts["clip_g"].encode(inputs["clip_g.ids"])
-    states, clips = parts["t5"].encode(inputs["t5.ids"]), np.concatenate([states_l, states_g], axis=2)
+    encoders = {name: replace(parts[name], record={}) for name in ("clip_l", "clip_g", "t5")}
+    states_l, pooled_l = encoders["clip_l"].encode(inputs["clip_l.ids"])
+    states_g, pooled_g = encoders["clip_g"].encode(inputs["clip_g.ids"])
+    states, clips = encoders["t5"].encode(inputs["t5.ids"]), np.concatenate([states_l, states_g], axis=2)
     clips = np.pad(clips, ((0, 0), (0, 0), (0, states.shape[2] - clips.shape[2])))
     context, pooled = np.concatenate([clips, states], axis=1), np.concatenate([pooled_l, pooled_g], axis=1)
     record.update({"clip_l.penultimate": states_l, "clip_l.pooled": pooled_l, "clip_g.penultimate": states_g,
                    "clip_g.pooled": pooled_g, "t5.states": states, "context": context, "pooled": pooled})
+    record.update({f"{name}.layer_0": encoder.record["layer_0"] for name, encoder in encoders.items()})
     return context, pooled

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import weights
-from porting import Kit, write
+from porting import Kit, Run, write
 from sampler import Pipeline
 
 sys.path.append(str(Path(__file__).parents[1] / "sampler"))
 from small_pipelines import flux, saved  # noqa: E402
+
+PROMPTS = ["a circle", "a small green star"]
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +33,18 @@ def tiny_model(tmp_path_factory):
 def tiny(tiny_model, tmp_path_factory):
     """The folder of a kit of a single step."""
     folder = tmp_path_factory.mktemp("kits") / "tiny"
-    write(folder, str(tiny_model), "a circle", steps=1)
+    write(folder, str(tiny_model), PROMPTS, steps=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def kit(tiny):
     return Kit.read(tiny)
+
+
+@pytest.fixture(scope="session")
+def run(tiny_model):
+    return Run.of(Pipeline.load(tiny_model), str(tiny_model), PROMPTS, steps=1)
 
 
 @pytest.fixture
@@ -59,8 +66,13 @@ def flux_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flux_kit(flux_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kits") / "flux"
-    write(folder, str(flux_model))
+    write(folder, str(flux_model), PROMPTS)
     return Kit.read(folder)
+
+
+@pytest.fixture(scope="session")
+def flux_run(flux_model):
+    return Run.of(Pipeline.load(flux_model), str(flux_model), PROMPTS)
 
 
 @pytest.fixture
