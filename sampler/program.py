@@ -146,6 +146,7 @@ def paint(pipeline: Pipeline, group: Group, ranks: Ranks = Ranks(), progress: bo
     """
     args = group.args
     image = None if args.image is None else [open_picture(file) for file in args.image]
+    splits = {name: ranks.split(args.images, **ways) for name, ways in group.batches.items()}
     latents, seconds, pictures, found, stopped, encoded = {}, {}, {}, {}, [], None
 
     @contextmanager
@@ -159,11 +160,10 @@ def paint(pipeline: Pipeline, group: Group, ranks: Ranks = Ranks(), progress: bo
             stopped.append(error)
 
     with keeping(latents), pipeline.parts["transformer"].used(now=False):
-        for name, ways in group.batches.items():
+        for name, split in splits.items():
             start = time.perf_counter()
-            latents[name], encoded = pipeline(args.prompt, args.images, **group.call, image=image,
-                                              **ranks.split(args.images, **ways), encoded=encoded, decode=False,
-                                              progress=name if progress else None)
+            latents[name], encoded = pipeline(args.prompt, args.images, **group.call, **split, image=image,
+                                              encoded=encoded, progress=name if progress else None, decode=False)
             seconds[name] = time.perf_counter() - start
     with keeping(pictures), pipeline.parts["autoencoder"].used():
         for name, latent in latents.items():
