@@ -68,8 +68,8 @@ def load(args: argparse.Namespace) -> Pipeline:
     return Pipeline.load(
         args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, offload=args.offload,
         keep_float8=args.keep_float8, compile=args.compile, shard=args.shard, transformer=args.transformer,
-        autoencoder=args.autoencoder, text_encoders=args.text_encoders, tokenizers=args.tokenizers, variant=args.variant,
-        shift=args.shift,
+        autoencoder=args.autoencoder, text_encoders=args.text_encoders, tokenizers=args.tokenizers,
+        variant=args.variant, shift=args.shift,
     )
 
 
