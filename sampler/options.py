@@ -21,6 +21,8 @@ examples:
   python -m sampler "a star and a square" --images 4 --seed 7 --strength 2 --blocks middle
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
+  python -m sampler --prompts prompts.txt --images 4 --no-compare --out outputs/many
+  torchrun --nproc-per-node 2 -m sampler "a circle" --images 10
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
 Too alike? Raise --strength or --repel-steps. Too far from the prompt? Lower them, or repel in fewer blocks."""

@@ -1,5 +1,6 @@
 """The networks of a pipeline in memory: read when they are needed, and freed where memory is short."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +37,8 @@ class Part:
             self._uses -= 1
             if self._free and not self._uses:
                 self._module = None
+                if dist.is_initialized():
+                    gc.collect()  # a network that FSDP has sharded refers to itself
 
 
 def finite(values: Tensor, network: str, also: str = "") -> Tensor:

@@ -170,7 +170,7 @@ def joined() -> Iterator[Ranks]:
     """The ranks of torchrun, or the only one without it. If one of them fails, all end, and one says why.
 
     The first that fails says so in the store, which torchrun's own process holds, and raises its error. The others fail
-    at their next exchange, or are stopped by torchrun, and exit with 2 without a word.
+    at their next exchange and exit with 2 without a word, or torchrun ends them; it then adds its own report.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield Ranks()

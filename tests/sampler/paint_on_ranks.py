@@ -75,14 +75,21 @@ def painted(ours, folders, names=tuple(GROUPS), images=3):
     return found
 
 
-def sharded(ours, folders):
-    """Pictures of a pipeline with its parameters spread over ranks, the share of the numbers here, and the dtypes."""
-    pipeline = Pipeline.load("tiny-flux", shard=True)
+def ring(ours, folders, **how):
+    """Two pictures with tiny-flux, whose blocks are in float8, on rank 0; and the pipeline."""
+    pipeline = Pipeline.load("tiny-flux", transformer=folders["float8"], keep_float8=True, **how)
     pictures = ours.gather(pipeline("a ring", 2, steps=2, **ours.split(2, Repulsion(strength=2.0))))
+    return pictures and np.stack([np.asarray(picture, dtype=int) for picture in pictures]), pipeline
+
+
+def sharded(ours, folders):
+    """The same with parameters spread over ranks; which share of a network's numbers is here."""
+    pictures, pipeline = ring(ours, folders, shard=True)
     networks = [pipeline.transformer, pipeline.text.t5[1].module]
-    local = [sum(p.to_local().numel() for p in network.parameters()) for network in networks]
-    whole = [sum(p.numel() for p in network.parameters()) for network in networks]
-    return pictures and np.stack(list(map(np.asarray, pictures))), [a / b for a, b in zip(local, whole, strict=True)]
+    local, whole = ([sum(size(p) for p in network.parameters()) for network in networks]
+                    for size in (lambda p: p.to_local().numel(), lambda p: p.numel()))
+    assert pipeline.transformer.dual_blocks[0].attention.image.qkv.weight.to_local().dtype == torch.float8_e4m3fn
+    return pictures, [a / b for a, b in zip(local, whole, strict=True)]
 
 
 if __name__ == "__main__":
