@@ -1,5 +1,7 @@
 """`repel`: one group or several of contextual tokens in, the same tokens further apart out."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -29,7 +31,8 @@ def check_settings(strength, scale, iterations, objective, kernel_reg, solver, *
 @torch.no_grad()
 def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: float | None = None,
           objective: str = "vendi", kernel_reg: float = 1e-4, solver: str = "gram", groups: int = 1,
-          last_group: bool = False, first: int | None = None) -> Tensor:
+          last_group: bool = False, first: int | None = None,
+          gram: Callable[[Tensor], np.ndarray] | None = None) -> Tensor:
     """Push the samples of each group apart (paper Eq. 2): tokens (groups · B, N, D) → the same shape and dtype.
 
     A sample's N tokens are one vector of N · D numbers. The push goes along the gradient of the objective in
@@ -37,7 +40,8 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
     model) or by `strength`: the push of a group is that many times as long as the group's tokens, in M steps of
     strength / M. `last_group` pushes the last group alone, `first` only the first so many tokens of each sample; the
     others are returned as they are. Solver "gram" computes the push on B × B matrices in float64 and touches the
-    tokens twice; "autograd" is the paper's loop in float64. The result is rounded to the tokens' dtype once.
+    tokens twice; "autograd" is the paper's loop in float64. The result is rounded to the tokens' dtype once. `gram`
+    replaces `gram_matrix` where other processes hold the rest of the features D (`sampler.ranks`).
 
     strength or scale 0 and a group of one return the tokens unchanged. Samples that coincide cannot be told apart: they
     move alike, and where all coincide, none moves. A zero vector has no cosine: it stays zero and repels no sample,
@@ -55,7 +59,7 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
     result = tokens.clone() if last_group or first is not None else torch.empty_like(tokens)
     part = slice(len(tokens) - samples if last_group else 0, None), slice(first)
     c, target = (rearrange(x[part], "(g b) n d -> g b n d", b=samples) for x in (tokens, result))
-    gram = gram_matrix(c)
+    gram = (gram or gram_matrix)(c)
     if not np.isfinite(gram).all():  # a token that is NaN or infinite makes it so
         raise ValueError("tokens hold NaN or infinity: the transformer overflowed before the repulsion (try bfloat16)")
     settings = strength, scale, iterations, objective, kernel_reg

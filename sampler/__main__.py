@@ -7,9 +7,10 @@ from .options import exit_code, parser
 
 
 def run(args: argparse.Namespace) -> None:
-    from . import program  # not before the options are parsed: it imports torch
+    from . import program, prompts, ranks  # not before the options are parsed: they import torch
 
-    program.run(args)
+    with ranks.joined() as ours:
+        (prompts if args.prompts else program).run(args, ours)
 
 
 def main() -> int:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 METHODS = ("cads", "particle", "sparke", "diverseflow", "interval", "sgi", "fsg", "dave", "stride", "coupled", "pink",
            "seedvariance", "teacher", "cno")  # the keys of `sampler.methods.METHODS`
+OF_A_LINE = ("images", "seed", "steps", "guidance", "negative", "height", "width", "image", "true_guidance",
+             "skip_layers", "skip_scale", "strength", "method", "scale", "iterations", "repel_steps", "repel_until",
+             "blocks", "branches")  # what a line of --prompts may give besides its prompt
 DESCRIPTION = "The same seeds twice: a typical batch, and one whose samples repel each other."
 EPILOG = """\
 In every joint attention of the model the text tokens of a sample attend to its image. In the first --repel-steps steps
@@ -19,6 +22,8 @@ examples:
   python -m sampler "a star and a square" --images 4 --seed 7 --strength 2 --blocks middle
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
+  python -m sampler --prompts prompts.txt --images 4 --no-compare --out outputs/many
+  torchrun --nproc-per-node 2 -m sampler "a circle" --images 10
 
 The pictures, base.png, repelled.png, compare.png and summary.json go to outputs/<prompt>, or to --out.
 Too alike? Raise --strength or --repel-steps. Too far from the prompt? Lower them, or repel in fewer blocks."""
@@ -40,7 +45,9 @@ def indices(text: str, other: str = "") -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m sampler", description=DESCRIPTION, epilog=EPILOG,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("prompt", help="what the pictures should show")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", help="what the pictures should show")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines; a folder each")
     p.add_argument("--model", metavar="PATH", help="bundled checkpoint, folder, file or hub name (default: tiny-sd3)")
     p.add_argument("--images", type=int, default=8, help="pictures in the batch (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i depends on it and i alone (default: %(default)s)")
@@ -74,12 +81,36 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--compile", action="store_true", help="compiles the blocks: a minute at first, then faster steps")
     m.add_argument("--keep-float8", action="store_true", help="keeps float8 weights in float8, in half the memory")
     o = p.add_argument_group("output")
+    m.add_argument("--shard", action="store_true", help="with torchrun: parameters are spread over the ranks")
     o.add_argument("--out", type=Path, help="folder for the files (default: outputs/<prompt>, numbered if taken)")
     o.add_argument("--overwrite", action="store_true", help="replace --out if all in it was written by this program")
     o.add_argument("--no-compare", action="store_true", help="without the typical batch, in half the time")
     o.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; GPU: bfloat16")
     o.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where there is one)")
     return p
+
+
+def options_of(line: dict[str, object], others: argparse.Namespace) -> argparse.Namespace:
+    """The options that a line of --prompts gives, by their names, in place of those of the command line, `others`.
+
+    Raises ValueError for names and values that are not such options'.
+    """
+    if not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
+        raise ValueError('it has no "prompt" with a text')
+    if unknown := line.keys() - {"prompt", *OF_A_LINE}:
+        raise ValueError(f"{min(unknown)!r} is none of prompt, {', '.join(OF_A_LINE)}")
+    words, p = [], parser()
+    for name, value in line.items():
+        if name != "prompt" and value is not None:
+            option = f"--{name.replace('_', '-')}"
+            words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    p.error = refuse
+    p.set_defaults(**vars(others))
+    return p.parse_args([*words, "--", line["prompt"]])
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> int:

@@ -1,10 +1,12 @@
 """The networks of a pipeline in memory: read when they are needed, and freed where memory is short."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,6 +37,8 @@ class Part:
             self._uses -= 1
             if self._free and not self._uses:
                 self._module = None
+                if dist.is_initialized():
+                    gc.collect()  # a network that FSDP has sharded refers to itself
 
 
 def finite(values: Tensor, network: str, also: str = "") -> Tensor:
@@ -98,3 +102,28 @@ def load_streamed(stored: Stored, dtype: torch.dtype, device: torch.device, keep
     where that is narrower."""
     narrow = stored.dtype.itemsize < dtype.itemsize
     return stream_blocks(stored.load(None if narrow else dtype, "cpu", keep_float8), device, dtype)
+
+
+def load_sharded(stored: Stored, dtype: torch.dtype, device: torch.device, keep_float8: bool) -> nn.Module:
+    """A network whose parameters are spread over the ranks by rows (FSDP2). A block's are gathered for the time of its
+    call, what stands outside of the blocks for the time of the network's. Each rank reads its rows of the file alone.
+    """
+    from torch.distributed.fsdp import fully_shard  # here, since it takes longer than all of torch
+    from torch.distributed.tensor import DTensor
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+
+    def own(rows: int) -> slice:
+        each = -(-rows // mesh.size())  # as torch.chunk does
+        return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+
+    model, state = stored.read(dtype, device, keep_float8, own)
+    model.requires_grad_(False)
+    blocks = [block for blocks in model.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for name, whole in model.named_parameters():
+        state[name] = DTensor.from_local(state[name], mesh, whole.placements, run_check=False, shape=whole.shape,
+                                         stride=whole.stride())
+    model.load_state_dict(state, assign=True)
+    return model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from einops import repeat
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,7 @@ from .conditioning import ChatEncoder, TextEncoders, find_text_encoders
 from .defaults import check_fit, find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
 from .methods import Method
-from .parts import Part, compile_blocks, finite, load_streamed
+from .parts import Part, compile_blocks, finite, load_sharded, load_streamed
 from .references import read_references
 from .schedule import Schedule, starting_noise
 
@@ -46,7 +47,7 @@ class Pipeline:
              autoencoder: str | Path | None = None, text_encoders: Sequence[str | Path] | None = None,
              tokenizers: str | Path | None = None, variant: str | None = None, shift: float | None = None,
              offload: Literal["parts", "blocks"] | None = None, keep_float8: bool = False,
-             compile: bool = False) -> "Pipeline":
+             compile: bool = False, shard: bool = False) -> "Pipeline":
         """The pipeline of a bundled checkpoint (default: "tiny-sd3"), of a folder in the hub's layout or of original
         files, of an original or merged file, or of a name on the hub; single parts from elsewhere where given.
 
@@ -58,7 +59,8 @@ class Pipeline:
         autoencoder are in memory one at a time; "blocks", moreover the blocks of transformer and text encoders stay in
         the CPU's memory, in their stored dtype, and are copied to the GPU one by one. `keep_float8`: keeps float8
         weights in float8 and widens them as they are used. `compile`: the transformer's blocks are compiled when they
-        first run, which takes a minute and a C++ compiler.
+        first run, which takes a minute and a C++ compiler. `shard`: the parameters of transformer and text encoders are
+        spread over the ranks of `torch.distributed`, which then make all calls together (`sampler.ranks`).
         Raises FileNotFoundError for a part that is not there or was refused, with the reason, and
         `weights.CheckpointError` (a ValueError) for a file of another model, and for parts that do not fit together.
         """
@@ -66,6 +68,10 @@ class Pipeline:
             raise ValueError(f'offload must be "parts" or "blocks", got {offload!r}')
         if compile and offload == "blocks":
             raise ValueError("compile needs blocks that stay on the device: leave it out, or offload parts")
+        if shard and not dist.is_initialized():
+            raise ValueError("shard spreads parameters over several processes: start the program with torchrun")
+        if shard and (compile or offload == "blocks"):
+            raise ValueError("shard gathers a block's parameters for its call: leave out compile and offload blocks")
         if name_or_path is None and transformer is None:
             name_or_path = "tiny-sd3"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,7 +85,7 @@ class Pipeline:
         wide = torch.float32 if device.type == "cpu" else torch.bfloat16
         if dtype is None and (settings.world or device.type != "cpu"):
             dtype = wide
-        load = partial(load_streamed if offload == "blocks" else Stored.load, device=device,
+        load = partial(load_sharded if shard else load_streamed if offload == "blocks" else Stored.load, device=device,
                        keep_float8=keep_float8 or dtype is None)
         encoders = {}
         for role, network in stored.items():

@@ -5,8 +5,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from .folders import whole_folder
 from .guidance import SkipLayerGuidance
 from .methods import METHODS, Method
 from .pipeline import Pipeline
+from .ranks import Ranks
 
 
 def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
@@ -66,8 +67,9 @@ def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline of --model and what is given beside it."""
     return Pipeline.load(
         args.model, dtype=getattr(torch, args.dtype or "", None), device=args.device, offload=args.offload,
-        keep_float8=args.keep_float8, compile=args.compile, transformer=args.transformer, autoencoder=args.autoencoder,
-        text_encoders=args.text_encoders, tokenizers=args.tokenizers, variant=args.variant, shift=args.shift,
+        keep_float8=args.keep_float8, compile=args.compile, shard=args.shard, transformer=args.transformer,
+        autoencoder=args.autoencoder, text_encoders=args.text_encoders, tokenizers=args.tokenizers,
+        variant=args.variant, shift=args.shift,
     )
 
 
@@ -81,49 +83,71 @@ def open_picture(file: Path) -> Image.Image:
     return picture
 
 
-def run(args: argparse.Namespace) -> None:
-    """Claims the folder, paints the batches, writes them, prints what is in them."""
-    image = None if args.image is None else [open_picture(file) for file in args.image]
-    skip, other = skip_layer_guidance(args), method(args)
-    target = args.out or Path("outputs") / output.folder_name(args.prompt)
-    with whole_folder(target, args.overwrite, numbered=args.out is None) as claim:
-        pipeline = load(args)
-        repulsion = settings(args, pipeline.defaults.repulsion)
-        if repulsion is not None:
-            repulsion.check_blocks(pipeline.config.num_blocks)
-        note(args, pipeline, repulsion)
-        call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
-                "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed,
-                "skip_layer_guidance": skip}
-        diverse = "repelled" if args.method == "repulsion" else args.method
-        batches = {} if args.no_compare else {"base": {}}
-        batches[diverse] = {"repulsion": repulsion, "method": other}
-        pictures, found, stopped = paint(pipeline, args, call | {"image": image}, batches)
+@dataclass
+class Group:
+    """What the pictures of one prompt depend on."""
 
-        width, height = next(iter(pictures.values()))[0].size
-        about = {"model": name_of(args), "prompt": args.prompt, "images": args.images,
-                 **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
-                 "height": height, "width": width, "image": args.image and [str(file) for file in args.image],
-                 "skip_layer_guidance": None if skip is None else asdict(skip)}
+    args: argparse.Namespace
+    call: dict  # arguments of the pipeline, but for the prompt, the number of pictures and the references
+    batches: dict[str, dict]  # name of a batch → its repulsion and method
+    ways: dict[str, dict | None]  # the same, as they are written
+    about: dict  # the rest, as it is written
+
+
+def prepare(pipeline: Pipeline, args: argparse.Namespace) -> Group:
+    """The group that the options ask for. Raises ValueError for what does not fit together or into the model."""
+    skip, other = skip_layer_guidance(args), method(args)
+    repulsion = settings(args, pipeline.defaults.repulsion)
+    if repulsion is not None:
+        repulsion.check_blocks(pipeline.config.num_blocks)
+    call = {"steps": args.steps, "guidance": args.guidance, "true_guidance": args.true_guidance,
+            "negative_prompt": args.negative, "height": args.height, "width": args.width, "seed": args.seed,
+            "skip_layer_guidance": skip}
+    batches = {} if args.no_compare else {"base": {"repulsion": None, "method": None}}
+    batches["repelled" if other is None else args.method] = {"repulsion": repulsion, "method": other}
+    about = {"model": name_of(args), "dtype": str(pipeline.dtype).removeprefix("torch."), "shift": args.shift,
+             "prompt": args.prompt, "images": args.images,
+             **{k: v if v is not None else getattr(pipeline.defaults, k, None) for k, v in call.items()},
+             "image": args.image and [str(file) for file in args.image],
+             "skip_layer_guidance": None if skip is None else asdict(skip)}
+    ways = {"repulsion": None if repulsion is None else asdict(repulsion),
+            "method": None if other is None else {"name": args.method, **asdict(other)}}
+    return Group(args, call, batches, ways, about)
+
+
+def run(args: argparse.Namespace, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Claims the folder, paints the batches, writes them, prints what is in them; rank 0 does all but the painting."""
+    target = args.out or Path("outputs") / output.folder_name(args.prompt)
+    with nullcontext() if ranks.rank else whole_folder(target, args.overwrite, numbered=args.out is None) as claim:
+        pipeline = load(args)
+        group = prepare(pipeline, args)
+        if not ranks.rank:
+            note(pipeline, group)
+        pictures, found, stopped = paint(pipeline, group, ranks, progress=not ranks.rank, keep=ranks.size == 1)
+        if ranks.rank:
+            return
         if stopped is not None:
             why = f"{type(stopped).__name__}: {stopped}"
-            about["stopped"] = {name: why for name in batches if name not in pictures}
-        ways = {"repulsion": None if repulsion is None else asdict(repulsion),
-                "method": None if other is None else {"name": args.method, **asdict(other)}}
-        write(claim.work, pictures=pictures, found=found, about=about, ways=ways, files=pipeline.files)
+            group.about["stopped"] = {name: why for name in group.batches if name not in pictures}
+        write(claim.work, pictures, found, group, pipeline.files)
     if stopped is not None:
         print(f"written to {claim.target}: the finished batch alone, {', '.join(pictures)}")
         raise KeyboardInterrupt("the finished batch was written") if isinstance(stopped, KeyboardInterrupt) else stopped
+    *_, diverse = group.batches
     print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
     print(f"written to {claim.target}{'' if args.no_compare else ': compare.png shows both'}")
 
 
-def paint(pipeline: Pipeline, args: argparse.Namespace, call: dict,
-          batches: dict[str, dict]) -> tuple[dict, dict, BaseException | None]:
-    """The pictures of each batch, the numbers about them, and the error or Ctrl-C that ended it after a finished batch.
+def paint(pipeline: Pipeline, group: Group, ranks: Ranks = Ranks(), progress: bool = False,  # noqa: B008
+          keep: bool = False) -> tuple[dict, dict, BaseException | None]:
+    """The pictures of each batch, the numbers about them (on rank 0), and with `keep` the error or Ctrl-C that ended it
+    after a finished batch.
 
     Every batch is denoised before the first is decoded: with --offload each network is read once.
     """
+    args = group.args
+    image = None if args.image is None else [open_picture(file) for file in args.image]
+    splits = {name: ranks.split(args.images, **ways) for name, ways in group.batches.items()}
     latents, seconds, pictures, found, stopped, encoded = {}, {}, {}, {}, [], None
 
     @contextmanager
@@ -131,43 +155,46 @@ def paint(pipeline: Pipeline, args: argparse.Namespace, call: dict,
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            if not finished:
+            if not (finished and keep):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the memory of what was interrupted
             stopped.append(error)
 
     with keeping(latents), pipeline.parts["transformer"].used(now=False):
-        for name, ways in batches.items():
+        for name, split in splits.items():
             start = time.perf_counter()
-            latents[name], encoded = pipeline(args.prompt, args.images, **call, **ways, progress=name, encoded=encoded,
-                                              decode=False)
+            latents[name], encoded = pipeline(args.prompt, args.images, **group.call, **split, image=image,
+                                              encoded=encoded, progress=name if progress else None, decode=False)
             seconds[name] = time.perf_counter() - start
     with keeping(pictures), pipeline.parts["autoencoder"].used():
         for name, latent in latents.items():
             start = time.perf_counter()
-            painted = pipeline.decode(latent)
+            painted = ranks.gather(pipeline.decode(latent))
             seconds[name] = round(seconds[name] + time.perf_counter() - start, 3)
-            found[name] = report.describe_batch(painted, args.prompt, pipeline.defaults.world)
-            found[name]["seconds"], pictures[name] = seconds[name], painted
+            if painted:
+                found[name] = report.describe_batch(painted, args.prompt, pipeline.defaults.world)
+                found[name]["seconds"], pictures[name] = seconds[name], painted
     return pictures, found, stopped[0] if stopped else None
 
 
-def note(args: argparse.Namespace, pipeline: Pipeline, repulsion: Repulsion | None) -> None:
+def note(pipeline: Pipeline, group: Group) -> None:
     """Says what was taken from where, and what is likely not meant, before anything is painted."""
     if pipeline.defaults.world is None:
         print("; ".join(f"{part}: {where}" for part, where in pipeline.files.items()), file=sys.stderr)
-    if args.images == 1 and repulsion is not None:
+    if group.args.images == 1 and group.ways["repulsion"] is not None:
         print("note: a single picture repels nothing: ask for --images 2 or more", file=sys.stderr)
-    if pipeline.defaults.world == "tiny" and args.prompt.strip():
-        pipeline.text.check_length(args.prompt)  # an error, which needs no note
+    if pipeline.defaults.world == "tiny" and group.args.prompt.strip():
+        pipeline.text.check_length(group.args.prompt)  # an error, which needs no note
         try:
-            parse(args.prompt)
+            parse(group.args.prompt)
         except ValueError as error:
             print(f"note: outside the language of this checkpoint: {error}", file=sys.stderr)
 
 
-def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict, files: dict) -> None:
-    """Single pictures, a grid of each batch, both grids side by side, and the numbers."""
+def write(folder: Path, pictures: dict, found: dict, group: Group, files: dict) -> dict:
+    """Single pictures, a grid of each batch, both grids side by side, and the numbers → what summary.json holds."""
+    ways, (width, height) = group.ways, next(iter(pictures.values()))[0].size
+    about = {**group.about, "height": height, "width": width}
     how = [ways["method"]["name"]] if ways["method"] else []
     how += ["contextual repulsion"] if ways["repulsion"] else []
     sheets = []
@@ -181,4 +208,6 @@ def write(folder: Path, pictures: dict, found: dict, about: dict, ways: dict, fi
         sheets.append((f"{label}: Vendi score {found[name]['vendi']:.2f}", sheet))
     if len(sheets) == 2:
         output.save_png(output.side_by_side(sheets, about["prompt"]), folder / "compare.png", {**about, **ways})
-    output.write_summary(folder, {**about, **ways, "files": files, "batches": found})
+    summary = {**about, **ways, "files": files, "batches": found}
+    output.write_summary(folder, summary)
+    return summary

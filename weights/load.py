@@ -5,7 +5,7 @@ import mmap
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from math import prod
@@ -22,7 +22,7 @@ from mmdit.meta import on_meta
 from . import configs
 from .detect import DECODER, ENCODERS, Part, PathLike, find_parts
 from .files import DTYPES, FLOAT8, NVFP4, TensorEntry
-from .layouts import CheckpointError
+from .layouts import UNCHANGED, CheckpointError
 from .nvfp4 import widen
 
 
@@ -92,11 +92,18 @@ class Stored:
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
              keep_float8: bool = False) -> nn.Module:
         """The module in `dtype` (None: as stored) on `device`; see `load_transformer`."""
+        model, state = self.read(dtype, device, keep_float8)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def read(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", keep_float8: bool = False,
+             own: Callable[[int], slice] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The module on the meta device, and its tensors; with `own`, of a parameter with n rows own(n) alone."""
         if unused := self.part.unused:
-            warnings.warn(f"{self.part.path}: {len(unused)} stray tensors passed over, first {unused[0]}", stacklevel=3)
+            warnings.warn(f"{self.part.path}: {len(unused)} stray tensors passed over, first {unused[0]}", stacklevel=4)
         model, sizes = on_meta(self.part.kind.module, self.config), configs.sizes_of(self.config)
         state, opened = {}, cache(map_file)
-        for name in model.state_dict():
+        for name, whole in model.state_dict(keep_vars=True).items():
             theirs, transform = self.part.layout.find(name, sizes)
             parts, (owner, _, ending) = [self.part.entries[their] for their in theirs], name.rpartition(".")
             layer, target = model.get_submodule(owner), dtype or _joint_dtype(parts)
@@ -108,11 +115,14 @@ class Stored:
                         torch.cat([_scale(part, opened) for part in parts]), sizes.patch).to(device)
                 model.set_submodule(owner, keep_in_float8(layer, target, scaled))
                 parts = [part._replace(scale=None) for part in parts]
-            tensors = [_read(part, target, opened) for part in parts]
+            rows = own(len(whole)) if own and isinstance(whole, nn.Parameter) else None
+            tensors = [_read(part, target, opened, part_rows)
+                       for part, part_rows in _own_rows(parts, rows if transform is UNCHANGED else None)]
             tensor = transform.read(torch.cat(tensors) if len(tensors) > 1 else tensors[0], sizes.patch)
+            if rows is not None and transform is not UNCHANGED:
+                tensor = tensor[rows].clone()
             state[name] = tensor.to(device).contiguous()
-        model.load_state_dict(state, assign=True)
-        return model
+        return model, state
 
 
 def map_file(file: Path) -> Callable[[TensorEntry], Tensor]:
@@ -143,13 +153,23 @@ def read_stored(entry: TensorEntry, opened: Callable = map_file) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor  # after a header of odd length
 
 
-def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable) -> Tensor:
-    """A stored tensor times its scale, in `dtype`."""
+def _own_rows(parts: Sequence[TensorEntry], rows: slice | None) -> Iterator[tuple[TensorEntry, slice]]:
+    """What of each part is in these rows of all, one below the other (None: all)."""
+    start = 0
+    for part in parts:
+        yield part, slice(None) if rows is None else slice(max(0, rows.start - start), max(0, rows.stop - start))
+        start += part.shape[0] if part.shape else 1
+
+
+def _read(entry: TensorEntry, dtype: torch.dtype, opened: Callable, own: slice) -> Tensor:
+    """Some rows of a stored tensor times its scale, in `dtype`."""
     if entry.dtype == NVFP4:
         packed = entry._replace(dtype="U8", shape=(entry.shape[0], entry.shape[1] // 2))
-        return widen(*(read_stored(stored, opened) for stored in (packed, entry.scale, entry.scale.scale))).to(dtype)
+        stored = (read_stored(part, opened) for part in (packed, entry.scale, entry.scale.scale))
+        return widen(*stored)[own].to(dtype)
     tensor = read_stored(entry, opened)
-    rows = _scale(entry, opened).view(-1, *[1] * max(0, tensor.ndim - 1)) if entry.scale else None
+    tensor = tensor[own] if entry.shape else tensor
+    rows = _scale(entry, opened)[own].view(-1, *[1] * max(0, tensor.ndim - 1)) if entry.scale else None
     return (tensor if rows is None else tensor.float() * rows).to(dtype)
 
 
