@@ -32,15 +32,20 @@ whole.sigmas = { data: levels, shape: [levels.length] };
 
 const meeting = new Meeting(images, (key, tokens) => {
   const [step, block] = key.split(" ").map(Number), place = `dual.${block}.repulsion`;
-  const pushed = push(tokens, pushes(repulsion, block, blocks, step) ? repulsion : null), shape = [1, images, images];
+  const here = pushes(repulsion, block, blocks, step);
+  const pushed = push(tokens, here ? repulsion : null), shape = [1, images, images];
   if (step !== repulsion.start || !pushed.mixing) return pushed.tokens;
-  const d = tokens[0].length / text.n, gradient = gradientMatrix(pushed.gram, repulsion.objective, repulsion.kernel_reg);
+  const { objective, kernel_reg: reg } = repulsion, d = tokens[0].length / text.n;
+  const gradient = gradientMatrix(pushed.gram, objective, reg);
   const float64 = (matrix, ...size) => ({ data: Float64Array.from(matrix.flat()), shape: size });
-  const along = mix(tokens.map((x) => Float64Array.from(x)), gradient.map((row, i) => row.map((x, j) => x - (i === j ? 1 : 0))));
+  const minusOne = gradient.map((row, i) => row.map((x, j) => x - (i === j ? 1 : 0)));  // since mix adds the tokens
+  const along = mix(tokens.map((x) => Float64Array.from(x)), minusOne);
   const inside = { gram: float64(pushed.gram, ...shape), kernel: float64(pushed.before, ...shape),
-    spectrum: float64(spectrum(pushed.before, repulsion.kernel_reg), 1, images), mixing: float64(pushed.mixing, ...shape),
+    spectrum: float64(spectrum(pushed.before, reg), 1, images), mixing: float64(pushed.mixing, ...shape),
     gradient: float64(along.map((x) => [...x]), images, text.n, d) };
-  for (const [what, tensor] of Object.entries(inside)) if (names.has(`${place}.${what}`)) whole[`${place}.${what}`] = tensor;
+  for (const [what, tensor] of Object.entries(inside)) {
+    if (names.has(`${place}.${what}`)) whole[`${place}.${what}`] = tensor;
+  }
   tokens.forEach((x, sample) => note(`${place}.in`, x, [text.n, d], sample));
   pushed.tokens.forEach((x, sample) => note(`${place}.out`, x, [text.n, d], sample));
   return pushed.tokens;

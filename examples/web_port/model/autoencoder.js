@@ -26,10 +26,13 @@ export class Decoder extends Network {
     return { image, height: size[0], width: size[1] };
   }
 
-  /** A convolution that keeps the size, 3 × 3 or 1 × 1: the weight times the picture, shifted to each place of the kernel.
-   * The picture gets a border of zeros; the results of a row end with those for the border, which are left out. */
+  /**
+   * A convolution that keeps the size, 3 × 3 or 1 × 1: the weight times the picture, shifted to each place of the kernel.
+   * The picture gets a border of zeros; the results of a row end with those for the border, which are left out.
+   */
   conv(name, x, [height, width]) {
-    const { data: weight, shape: [outputs, channels, side] } = this.tensors[`${name}.weight`], bias = this.w(`${name}.bias`);
+    const weight = this.w(`${name}.weight`), bias = this.w(`${name}.bias`);
+    const [outputs, channels, side] = this.tensors[`${name}.weight`].shape;
     const edge = (side - 1) / 2, wide = width + 2 * edge, plane = wide * (height + 2 * edge);
     const padded = new Float32Array(channels * plane);
     for (let c = 0; c < channels; c++) {
@@ -56,7 +59,9 @@ export class Decoder extends Network {
   groupNorm(name, x) {
     const weight = this.w(`${name}.weight`), bias = this.w(`${name}.bias`), places = x.length / weight.length;
     const y = normalize(x, x.length / this.config.norm_num_groups, 1e-6);
-    for (let c = 0, i = 0; c < weight.length; c++) for (let p = 0; p < places; p++, i++) y[i] = y[i] * weight[c] + bias[c];
+    for (let c = 0, i = 0; c < weight.length; c++) {
+      for (const last = i + places; i < last; i++) y[i] = y[i] * weight[c] + bias[c];
+    }
     return y;
   }
 

@@ -2,6 +2,7 @@
 
 import { Decoder } from "./autoencoder.js";
 import { Transformer } from "./mmdit.js";
+import { check } from "./repulsion.js";
 import { read } from "./safetensors.js";
 import { Clip, T5 } from "./text.js";
 import { clipTokenizer, t5Tokenizer } from "./tokenizers.js";
@@ -55,12 +56,13 @@ export function tokenizers(files) {
   }));
 }
 
-/** Sizes and defaults: steps, shift, repulsion; channels, rows and columns of a latent; blocks; sides of a picture. */
+/** Sizes and defaults: steps, shift, repulsion; blocks; channels, rows, columns, patch of a latent; a picture's sides. */
 export function settings(files) {
   const { steps, guidance, height, width, repulsion } = json(files, "sampling.json");
-  if (guidance > 1) throw new Error(`this port has no classifier-free guidance, and sampling.json asks for ${guidance}`);
+  if (guidance > 1) throw new Error(`sampling.json has guidance ${guidance}, which this port lacks: use tiny-turbo`);
   const transformer = json(files, "transformer/config.json"), vae = json(files, "vae/config.json");
-  const scale = 2 ** (vae.block_out_channels.length - 1);
-  return { steps, repulsion, height, width, shift: json(files, "scheduler/scheduler_config.json").shift,
-    blocks: transformer.num_layers, channels: transformer.in_channels, rows: height / scale, columns: width / scale };
+  const scale = 2 ** (vae.block_out_channels.length - 1), { shift } = json(files, "scheduler/scheduler_config.json");
+  return { steps, shift, repulsion: check(repulsion ?? { strength: 1 }), picture: { height, width },
+    blocks: transformer.num_layers, channels: transformer.in_channels, patch: transformer.patch_size,
+    rows: height / scale, columns: width / scale };
 }

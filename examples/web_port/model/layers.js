@@ -20,10 +20,12 @@ export class Network {
   /** (…, inputs) → (…, outputs); the file holds (outputs, inputs), of a patch (outputs, c, p, p). */
   linear(name, x) {
     const weight = this.w(`${name}.weight`), outputs = this.tensors[`${name}.weight`].shape[0];
-    const inputs = weight.length / outputs, stride = outputs + 8;  // powers of two would compete for the same cache lines
+    const inputs = weight.length / outputs, stride = outputs + 8;  // no power of two: its rows would share cache lines
     if (!this.right.has(name)) {
       const turned = new Float32Array(inputs * stride);
-      for (let o = 0; o < outputs; o++) for (let i = 0; i < inputs; i++) turned[i * stride + o] = weight[o * inputs + i];
+      for (let o = 0; o < outputs; o++) {
+        for (let i = 0; i < inputs; i++) turned[i * stride + o] = weight[o * inputs + i];
+      }
       this.right.set(name, turned);
     }
     const y = product(x, this.right.get(name), x.length / inputs, inputs, outputs, ordered(inputs, stride));
@@ -122,12 +124,26 @@ export function join(...arrays) {
   return y;
 }
 
-export const plus = (x, y) => x.map((value, i) => value + y[i]);
-export const silu = (x) => x.map((value) => value / (1 + Math.exp(-value)));
-export const quickGelu = (x) => x.map((value) => value / (1 + Math.exp(-1.702 * value)));
+export const plus = (x, y) => {
+  const sum = new Float32Array(x.length);
+  for (let i = 0; i < x.length; i++) sum[i] = x[i] + y[i];
+  return sum;
+};
+
+/** x · sigmoid(β x). */
+export const silu = (x, beta = 1) => {
+  const y = new Float32Array(x.length);
+  for (let i = 0; i < x.length; i++) y[i] = x[i] / (1 + Math.exp(-beta * x[i]));
+  return y;
+};
+
 /** x/2 · (1 + tanh u) = x / (1 + e⁻²ᵘ), u = √(2/π) (x + 0.044715 x³). */
-export const geluTanh = (x) => x.map((value) => (
-  value / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (value + 0.044715 * value ** 3)))));
+export const geluTanh = (x) => {
+  const y = new Float32Array(x.length), factor = -2 * Math.sqrt(2 / Math.PI);
+  for (let i = 0; i < x.length; i++) y[i] = x[i] / (1 + Math.exp(factor * x[i] * (1 + 0.044715 * x[i] * x[i])));
+  return y;
+};
+
 export const gelu = (x) => x.map((value) => 0.5 * value * (1 + erf(value * Math.SQRT1_2)));
 
 /** erf x = 2/√π · e^(−x²) Σ 2ⁿ x^(2n+1) / (1 · 3 · … (2n + 1)), a sum without cancellation. */

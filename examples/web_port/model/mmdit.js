@@ -11,7 +11,7 @@ export class Transformer extends Network {
    * there instead of at the first block.
    */
   async velocity({ latent, height, width, sigma, context, pooled, push, maps, entries, from }) {
-    const { patch_size: p, num_layers: layers, in_channels: c } = this.config, [rows, columns] = [height / p, width / p];
+    const { patch_size: p, num_layers: layers, in_channels: c } = this.config, rows = height / p, columns = width / p;
     const vector = this.conditioning(sigma, pooled), d = vector.length;
     let { block, context: text, image } = from ?? { block: 0, ...this.embedding(latent, c, p, rows, columns, context) };
     for (; block < layers; block++) {
@@ -41,8 +41,9 @@ export class Transformer extends Network {
       const angle = f32(1000 * sigma * f32(Math.exp(f32(-Math.log(10_000) * j / half))));
       [features[j], features[half + j]] = [Math.cos(angle), Math.sin(angle)];
     }
-    const mlp = (name, x) => this.linear(`${name}.linear_2`, silu(this.linear(`${name}.linear_1`, x)));
-    const vector = plus(mlp("time_text_embed.timestep_embedder", features), mlp("time_text_embed.text_embedder", pooled));
+    const mlp = (name, x) => (
+      this.linear(`time_text_embed.${name}.linear_2`, silu(this.linear(`time_text_embed.${name}.linear_1`, x))));
+    const vector = plus(mlp("timestep_embedder", features), mlp("text_embedder", pooled));
     this.note("time_in.in", features, [2 * half]);
     this.note("dual.0.vector.in", vector, [vector.length]);
     return vector;
@@ -73,7 +74,7 @@ export class Transformer extends Network {
     return Array.from({ length: parts }, (_, i) => values.subarray(i * d, (i + 1) * d));
   }
 
-  /** Dual-stream block: context (n, d), image (m, d) → the same; the last, whose context is unused, returns null for it. */
+  /** Dual-stream block: context (n, d), image (m, d) → the same, but for the last, whose context is unused: null. */
   async block(i, context, image, vector, push, maps) {
     const name = `transformer_blocks.${i}`, last = i === this.config.num_layers - 1, d = vector.length;
     const ofImage = this.modulation(`${name}.norm1.linear`, vector, 6);
@@ -107,11 +108,12 @@ export class Transformer extends Network {
   /** Two streams, one softmax, the context first: (n, d), (m, d) → the same (Eq. 1). */
   attention(i, context, image, d, maps) {
     const name = `transformer_blocks.${i}.attn`, heads = this.config.num_attention_heads, n = context.length / d;
-    const project = (part, which) => {
+    const project = (part) => {
       const [x, y] = [this.linear(`${name}.add_${part}_proj`, context), this.linear(`${name}.to_${part}`, image)];
-      return which ? join(this.rmsNorm(`${name}.norm_added_${which}`, x), this.rmsNorm(`${name}.norm_${which}`, y)) : join(x, y);
+      if (part === "v") return join(x, y);
+      return join(this.rmsNorm(`${name}.norm_added_${part}`, x), this.rmsNorm(`${name}.norm_${part}`, y));
     };
-    const [q, k, v] = [project("q", "q"), project("k", "k"), project("v")], all = q.length / d, m = all - n;
+    const [q, k, v] = ["q", "k", "v"].map(project), all = q.length / d, m = all - n;
     const map = maps && new Float32Array(n * m);
     const watch = map && ((weights) => {  // the mean of the heads
       for (let t = 0; t < n; t++) for (let j = 0; j < m; j++) map[t * m + j] += weights[t * all + n + j] / heads;
@@ -119,7 +121,8 @@ export class Transformer extends Network {
     const joint = attend(q, k, v, d, heads, { watch });
     if (map) maps.push(map);
     const picture = this.linear(`${name}.to_out.0`, joint.subarray(n * d));
-    const text = this.tensors[`${name}.to_add_out.weight`] && this.linear(`${name}.to_add_out`, joint.subarray(0, n * d));
+    const last = i === this.config.num_layers - 1;
+    const text = last ? null : this.linear(`${name}.to_add_out`, joint.subarray(0, n * d));
     const place = `dual.${i}.attention`;
     this.note(`${place}.context.in`, context, [n, d]);
     this.note(`${place}.image.in`, image, [m, d]);
@@ -140,8 +143,9 @@ function modulate(tokens, shift, scale) {
 
 /** tokens + gate · update. */
 function gated(tokens, gate, update) {
-  const d = gate.length;
-  return tokens.map((value, i) => value + gate[i % d] * update[i]);
+  const d = gate.length, y = new Float32Array(tokens.length);
+  for (let i = 0, j = 0; i < y.length; i++, j = j + 1 === d ? 0 : j + 1) y[i] = tokens[i] + gate[j] * update[i];
+  return y;
 }
 
 /** Every number of a latent (c, rows · p, columns · p): its place, its patch, its channel, its place in the patch. */

@@ -1,7 +1,17 @@
 // Contextual repulsion (arXiv:2603.28762) in Gram space, in float64. Ours: repulsion/. A sample's tokens are one vector
-// c_i; matrices are arrays of rows (B, B). Settings: strength, iterations, objective ("vendi" or "spread"), kernel_reg.
+// c_i; matrices are arrays of rows (B, B). Settings are those of repulsion/config.py, as far as `check` lets them pass.
 
 const PARALLEL = 1e-14;  // samples whose cosine is this close to 1 are equal as far as float64 can tell
+
+/** Settings of a push. Throws for what this port does not support. */
+export function check(settings) {
+  const { strength, objective = "vendi", until, kernel_reg = 1e-4 } = settings;
+  if (!(strength >= 0) || !["vendi", "spread"].includes(objective) || !(kernel_reg > 0) || (until ?? null) !== null) {
+    throw new Error(`this port pushes with a strength, the objective "vendi" or "spread" and a number of steps, not with ${
+      JSON.stringify(settings)}: use the project itself`);
+  }
+  return settings;
+}
 
 /** Matrix of f(i, j), i and j below size. */
 const matrix = (size, f) => Array.from({ length: size }, (_, i) => Array.from({ length: size }, (__, j) => f(i, j)));
@@ -34,7 +44,7 @@ export const spectrum = (kernel, reg = 0) => eigen(density(kernel, reg)).values.
 /** The effective number of samples, exp H, H = −Σ λ log λ (Eq. 4): from 1 (all alike) to B. */
 export const vendiScore = (kernel) => Math.exp(-sum(spectrum(kernel).map((x) => (x > 0 ? x * Math.log(x) : 0))));
 
-/** G → E with which the pushed samples are C + E C: M steps A ← A + L D A, each s / M as long as C (in Frobenius norm). */
+/** G → E with which the pushed samples are C + E C: M steps A ← A + L D A, each s / M as long as C (Frobenius norm). */
 export function mixingMatrix(gram, { strength, iterations = 1, objective = "vendi", kernel_reg = 1e-4 }) {
   let a = identity(gram.length), now = gram;
   for (let step = 0; step < iterations; step++) {
@@ -50,7 +60,7 @@ export function mixingMatrix(gram, { strength, iterations = 1, objective = "vend
 
 /**
  * D with ∂H/∂c_i = Σ_j D_ij c_j. With r_i = 1 / ‖c_i‖ and W = ∂H/∂K, ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i);
- * W_ii is 0, since K_ii is 1 whatever c_i is, and W_ij of a pair that coincides. "spread" goes straight away from the mean.
+ * W_ii is 0, since K_ii is 1 whatever c_i is, and W_ij of a pair that coincides. "spread" goes straight from the mean.
  */
 export function gradientMatrix(gram, objective, reg) {
   const size = gram.length;
@@ -93,10 +103,10 @@ export function eigen(symmetric) {
   return { values: a.map((row, i) => row[i]), vectors: v };
 }
 
-/** What the samples' tokens say of them, and the tokens pushed if the settings push: {tokens, gram, kernel, …}. */
+/** The pushed tokens (settings null: no push), the Gram matrix before, and the kernel before and after. */
 export function push(vectors, settings) {
   const gram = gramMatrix(vectors), before = cosineKernel(gram);
-  if (!settings || !(settings.strength > 0) || vectors.length < 2) return { tokens: vectors, gram, before, after: before };
-  const { mixing, pushed } = mixingMatrix(gram, settings);
+  if (!settings || vectors.length < 2) return { tokens: vectors, gram, before, after: before };
+  const { mixing, pushed } = mixingMatrix(gram, check(settings));
   return { tokens: mix(vectors, mixing), gram, mixing, before, after: cosineKernel(pushed) };
 }

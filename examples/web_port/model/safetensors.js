@@ -2,7 +2,7 @@
 
 const STORED = { F64: Float64Array, F32: Float32Array, I64: BigInt64Array, I32: Int32Array, U8: Uint8Array };
 
-/** The tensors of a file by name, {data, shape}; bfloat16 is widened to float32. Throws for a file that is not whole. */
+/** The tensors of a file by name, {data, shape}; bfloat16 becomes float32. Throws for a file that is not whole. */
 export function read(buffer, file) {
   const wrong = (why) => new Error(`${file} is not a whole safetensors file (${why}): download it again`);
   const tensors = {};
@@ -42,7 +42,8 @@ export function write(tensors) {
   new DataView(file.buffer).setBigUint64(0, BigInt(text.length), true);
   file.set(text, 8);
   for (const [name, { data }] of Object.entries(tensors)) {
-    file.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), 8 + text.length + header[name].data_offsets[0]);
+    const [first] = header[name].data_offsets;
+    file.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), 8 + text.length + first);
   }
   return file;
 }

@@ -28,7 +28,7 @@ export async function denoise(velocity, noise, levels, see = () => {}) {
   return x;
 }
 
-/** Where the samples of a group meet: arrive(sample, key, tokens) → what meet(key, all tokens) returns for that sample. */
+/** Where samples meet: arrive(sample, key, tokens) → what meet(key, the tokens of all) returns for that sample. */
 export class Meeting {
   constructor(size, meet) {
     Object.assign(this, { size, meet, waiting: new Map() });
@@ -50,9 +50,10 @@ export class Meeting {
 export function toPixels(image) {
   const places = image.length / 3, pixels = new Uint8ClampedArray(4 * places).fill(255);
   for (let c = 0; c < 3; c++) {
-    for (let i = 0; i < places; i++) pixels[4 * i + c] = roundEven((Math.min(1, Math.max(-1, image[c * places + i])) + 1) * 127.5);
+    for (let i = 0; i < places; i++) {
+      const clipped = Math.min(1, Math.max(-1, image[c * places + i]));
+      pixels[4 * i + c] = (clipped + 1) * 127.5;  // this array rounds, halves to even
+    }
   }
   return pixels;
 }
-
-const roundEven = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));

@@ -1,12 +1,12 @@
 // Token ids → the context and the pooled vector. Ours: mmdit/clip.py, mmdit/t5.py, sampler/conditioning.py.
 
-import { Network, attend, gelu, geluTanh, join, plus, quickGelu } from "./layers.js";
+import { Network, attend, gelu, geluTanh, join, plus, silu } from "./layers.js";
 
 export class Clip extends Network {
   /** ids (n) → states: those that enter the last layer (n, d); pooled (projection_dim). */
   encode(ids) {
     const { hidden_size: d, num_attention_heads: heads, num_hidden_layers: layers, hidden_act } = this.config;
-    const activation = { gelu, quick_gelu: quickGelu }[hidden_act], embeddings = "text_model.embeddings";
+    const activation = { gelu, quick_gelu: (x) => silu(x, 1.702) }[hidden_act], embeddings = "text_model.embeddings";
     const positions = this.w(`${embeddings}.position_embedding.weight`);
     let states, x = this.embed(`${embeddings}.token_embedding.weight`, ids).map((value, i) => value + positions[i]);
     for (let i = 0; i < layers; i++) {
@@ -53,7 +53,8 @@ export class T5 extends Network {
     const table = this.w("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
     const half = buckets / 2, exact = half / 2, heads = this.config.num_heads, f32 = Math.fround;
     return (head, query, key) => {
-      const far = Math.abs(key - query), growth = f32(f32(Math.log(f32(far / exact))) / f32(Math.log(farthest / exact)));
+      const far = Math.abs(key - query), span = f32(Math.log(farthest / exact));
+      const growth = f32(f32(Math.log(f32(far / exact))) / span);
       const grown = Math.min(exact + Math.trunc(f32(growth * (half - exact))), half - 1);
       return table[((far < exact ? far : grown) + (key > query ? half : 0)) * heads + head];
     };
@@ -63,7 +64,8 @@ export class T5 extends Network {
 /** A prompt → context (N, width): both CLIPs' states side by side, zeros up to T5's width, then T5's; pooled (d). */
 export function encode({ clip_l, clip_g, t5 }, ids, note = () => {}) {
   const l = clip_l.encode(ids.clip_l), g = clip_g.encode(ids.clip_g), states = t5.encode(ids.t5);
-  const n = ids.clip_l.length, width = t5.config.d_model, widths = [clip_l, clip_g].map((clip) => clip.config.hidden_size);
+  const widths = [clip_l, clip_g].map((clip) => clip.config.hidden_size);
+  const width = t5.config.d_model, n = ids.clip_l.length;
   const clips = new Float32Array(n * width);
   for (let i = 0; i < n; i++) {
     clips.set(l.states.subarray(i * widths[0], (i + 1) * widths[0]), i * width);

@@ -1,5 +1,5 @@
-// Prompts to token ids. CLIP: words as bytes, merged pair by pair (BPE). T5: SentencePiece's most likely split (unigram).
-// A tokenizer returns {ids, words}: the ids, padded to its length; for each the number of its word between spaces, or −1.
+// Prompts to token ids. CLIP: words as bytes, merged pair by pair (BPE). T5: SentencePiece's most likely split.
+// A tokenizer returns {ids, words}: ids, padded to its length; for each the number of its word between spaces, or −1.
 
 const utf8 = new TextEncoder(), text = new TextDecoder();
 const WORD = /'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+/gu;
@@ -14,7 +14,8 @@ function padded(pieces, { start = [], end, pad, length }) {
 
 /** The tokenizer of vocab.json, merges.txt and tokenizer_config.json, given as they were read. */
 export function clipTokenizer(vocabulary, merges, config) {
-  const ranks = new Map(merges.split("\n").filter((line) => !line.startsWith("#version")).map((line, i) => [line.trim(), i]));
+  const pairs = merges.split("\n").filter((line) => !line.startsWith("#version"));
+  const ranks = new Map(pairs.map((line, i) => [line.trim(), i]));
   const special = [config.bos_token, config.eos_token, config.pad_token];  // recognized in a prompt's text too
   const [start, end, pad] = special.map((name) => vocabulary[name]);
   const between = new RegExp(`(${special.map((name) => name.replace(/[|!]/g, "\\$&")).join("|")})`);
@@ -27,10 +28,10 @@ export function clipTokenizer(vocabulary, merges, config) {
     let parts = Array.from(utf8.encode(word), (byte) => letters[byte]);
     parts[parts.length - 1] += "</w>";
     for (;;) {
-      const pairs = parts.slice(1).map((part, i) => ranks.get(`${parts[i]} ${part}`) ?? Infinity);
-      const first = Math.min(...pairs), merged = [];
+      const found = parts.slice(1).map((part, i) => ranks.get(`${parts[i]} ${part}`) ?? Infinity);
+      const first = Math.min(...found), merged = [];
       if (first === Infinity) return parts;
-      for (let i = 0; i < parts.length; i++) merged.push(pairs[i] === first ? parts[i] + parts[++i] : parts[i]);
+      for (let i = 0; i < parts.length; i++) merged.push(found[i] === first ? parts[i] + parts[++i] : parts[i]);
       parts = merged;
     }
   };
@@ -64,7 +65,8 @@ export function t5Tokenizer(bytes, config) {
   const normalize = charactersMap(normalizer[2][0]);
 
   return (prompt) => {
-    const clean = normalize(prompt).replace(/ +/g, " ").trim(), characters = [...(clean && `▁${clean.replaceAll(" ", "▁")}`)];
+    const clean = normalize(prompt).replace(/ +/g, " ").trim();
+    const characters = [...(clean && `▁${clean.replaceAll(" ", "▁")}`)];
     const best = [{ score: 0 }];  // the most likely split of the text up to each character
     for (let end = 1; end <= characters.length; end++) {
       best.push({ score: -Infinity });
@@ -80,7 +82,8 @@ export function t5Tokenizer(bytes, config) {
       const merged = best[end].id === unknown.id && found[0]?.id === unknown.id;  // a run of unknowns is one piece
       if (!merged) found.unshift({ id: best[end].id, word });
     }
-    return padded(found, { end: ids.get(config.eos_token), pad: ids.get(config.pad_token), length: config.model_max_length });
+    const [end, pad] = [config.eos_token, config.pad_token].map((name) => ids.get(name));
+    return padded(found, { end, pad, length: config.model_max_length });
   };
 }
 
@@ -110,8 +113,8 @@ function message(bytes) {
 }
 
 /**
- * SentencePiece's normalization: at each place the longest sequence of bytes in the map is replaced, else a character is
- * kept. The map is a double-array trie, its length in bytes before it, and then the replacements, each ended by a zero.
+ * SentencePiece's normalization: at each place the longest sequence of bytes in the map is replaced, else a character
+ * is kept. The map: the length of a double-array trie, the trie, the replacements, each ended by a zero.
  */
 function charactersMap(bytes) {
   const blob = bytes.slice(), size = new DataView(blob.buffer).getUint32(0, true);
