@@ -167,9 +167,9 @@ function showFigures() {
   const low = Math.min(0.99, ...kernels.filter(Boolean).flat(2));
   visible.forEach((row, i) => {
     if (kernels[i]) $(row).querySelector(".figures").innerHTML = `
-      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${low.toFixed(2)} to 1</figcaption></figure>
+      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${low.toFixed(2)}–1</figcaption></figure>
       <figure>${spectrumFigure(spectrum(kernels[i]))}<figcaption>eigenvalues</figcaption></figure>
-      <p class="score"><b>${vendiScore(kernels[i]).toFixed(2)}</b>Vendi score of ${kernels[i].length}</p>`;
+      <p class="score"><b>${vendiScore(kernels[i]).toFixed(2)}</b>Vendi score, at most ${kernels[i].length}</p>`;
   });
   const name = `Step ${Math.floor(point / perStep) + 1}, block ${point % perStep + 1}`;
   $("point-name").textContent = name;

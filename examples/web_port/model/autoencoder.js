@@ -27,8 +27,8 @@ export class Decoder extends Network {
   }
 
   /**
-   * A convolution that keeps the size, 3 × 3 or 1 × 1: the weight times the picture, shifted to each place of the kernel.
-   * The picture gets a border of zeros; the results of a row end with those for the border, which are left out.
+   * A convolution that keeps the size, 3 × 3 or 1 × 1: the weight times the picture, shifted to each place of the
+   * kernel. The picture gets a border of zeros; the results of a row end with those for the border, which are left out.
    */
   conv(name, x, [height, width]) {
     const weight = this.w(`${name}.weight`), bias = this.w(`${name}.bias`);

@@ -7,7 +7,7 @@ const PARALLEL = 1e-14;  // samples whose cosine is this close to 1 are equal as
 export function check(settings) {
   const { strength, objective = "vendi", until, kernel_reg = 1e-4 } = settings;
   if (!(strength >= 0) || !["vendi", "spread"].includes(objective) || !(kernel_reg > 0) || (until ?? null) !== null) {
-    throw new Error(`this port pushes with a strength, the objective "vendi" or "spread" and a number of steps, not with ${
+    throw new Error(`this port pushes with a strength and steps, the objective "vendi" or "spread", not with ${
       JSON.stringify(settings)}: use the project itself`);
   }
   return settings;
