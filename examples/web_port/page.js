@@ -189,12 +189,13 @@ function open(row, sample) {
 }
 
 async function showMaps() {
-  const { row, sample } = opened, { blocks, rows: height, columns, patch } = engine.settings, { words } = encoded;
+  const here = opened = { ...opened }, { row, sample } = here, { words } = encoded;
+  const { blocks, rows: height, columns, patch } = engine.settings;
   const which = $("attention-block").value, step = Number($("attention-step").value);
   const chosen = which ? [Number(which)] : range(blocks);
   const found = await Promise.all(chosen.map((block) => engine.map(row, sample, step, block)));
   const maps = found.filter(Boolean), across = columns / patch, down = height / patch, places = across * down;
-  if (!maps.length) return;
+  if (!maps.length || here !== opened) return;  // not painted yet, or others were asked for since
   const said = encoded.prompt.split(/\s+/);
   const captioned = (canvas, ...caption) => {
     const figure = document.createElement("figure"), line = document.createElement("figcaption");

@@ -56,7 +56,7 @@ export function tokenizers(files) {
   }));
 }
 
-/** Sizes and defaults: steps, shift, repulsion, blocks, a latent's channels, rows, columns, patch, a picture's sides. */
+/** Defaults and sizes: steps, shift, repulsion, blocks, a latent's channels, rows, columns, patch, a picture's sides */
 export function settings(files) {
   const { steps, guidance, height, width, repulsion } = json(files, "sampling.json");
   if (guidance > 1) throw new Error(`sampling.json has guidance ${guidance}, which this port lacks: use tiny-turbo`);
