@@ -79,7 +79,7 @@ function change() {
   if (!engine || !$("form").checkValidity()) return;
   begun = performance.now();
   if (running && running.key !== key(running.row)) running.stop.abort();
-  working ??= work();
+  working ??= work().finally(() => { [working, running] = []; });
 }
 
 async function work() {
@@ -93,8 +93,6 @@ async function work() {
   } catch (error) {
     $("status").textContent = error.message;
     throw error;
-  } finally {
-    [working, running] = [];
   }
 }
 

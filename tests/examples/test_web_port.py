@@ -116,6 +116,8 @@ def test_as_a_person_uses_it(page, pipeline):
     assert same(pictures(page, "typical"), pipeline("a circle", 4))
     assert same(pictures(page, "repelled"), pipeline("a circle", 4, repulsion=pipeline.defaults.repulsion))
 
+    page.locator("#paint").click()  # nothing is new
+    done(page)
     page.locator("#prompt").fill("")
     page.locator("#prompt").press_sequentially("a small star")
     page.locator("#words button", has_text="above").click()
