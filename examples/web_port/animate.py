@@ -24,8 +24,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 parser = argparse.ArgumentParser(prog="python -m examples.web_port.animate", description=__doc__)
 parser.add_argument("--out", type=Path, default=ROOT / "docs" / "page.webp")
-parser.add_argument("--prompt", default="a circle")
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--prompt", default="a star")
+parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--most", type=float, default=2.4, help="the largest strength (default: %(default)s)")
 args = parser.parse_args()
 
