@@ -27,6 +27,7 @@ TRAPS = {SWAP_HALVES: "stored as (scale, shift)", OUTPUT_PATCH: "its rows are st
 KINDS = "q", "k", "v", "mlp"  # in tensors that join several
 SWAPS = (r"norm_q", "norm_k"), (r"norm_1", "norm_2"), ("conv_1", "conv_2"), ("gate", "value"), (".context.", ".image.")
 MISTAKES = (HERE / "mistakes.txt").read_text(encoding="utf-8").splitlines()[2:]
+STORED = "weight", "bias", "position_table", "latent_mean", "latent_variance"
 CLOSER = 5  # a mistake is found where its result is that many times closer to the port's tensor than the kit's is
 
 
@@ -72,7 +73,7 @@ class Place:
 
     def __getattr__(self, name: str) -> Any:
         path = f"{self._path}.{name}"
-        return self._weights(path) if name in ("weight", "bias", "position_table") else Place(self._weights, path)
+        return self._weights(path) if name in STORED else Place(self._weights, path)
 
     def __getitem__(self, i: int) -> "Place":
         return Place(self._weights, f"{self._path}.{i}")

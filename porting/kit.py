@@ -22,7 +22,7 @@ from sampler.folders import whole_folder
 from . import files
 from .evaluate import SCOPE, TRAPS, Weights, evaluate
 from .page import page
-from .stages import Entry, Run, Sheet, networks
+from .stages import Entry, Run, Sheet, encoders, networks
 
 MARGIN = 10  # the tolerance, relative to the deviation of our own run
 ROUNDING = {"float32": 2.0**-24, "tf32": 2.0**-24, "bfloat16": 2.0**-9}  # the least deviation assumed of a run
@@ -125,7 +125,7 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
     images, per = run.images, run.branches
     shape = pipeline.config.latent_channels, run.height // pipeline.downscale, run.width // pipeline.downscale
     noise = starting_noise(run.seed, run.samples // per, shape)
-    encoders = dict(zip(run.tokens, [*pipeline.text.clips, pipeline.text.t5], strict=False))
+    networks_of = encoders(pipeline)
 
     def only(name: str) -> bool:
         return name == "latent.in" or name in listed and (len(passes) - 1) % run.steps == run.repulsion.start
@@ -134,9 +134,9 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
         if weights.dtype == torch.float64:
             stack.callback(setattr, mmdit.model, "timestep_features", own)
             mmdit.model.timestep_features = lambda t: torch.stack([SCOPE["features"](1000 * x) for x in t.double()])
-        for part in (*pipeline.parts.values(), *(encoders[role][1] for role in run.tokens)):
+        for part in (*pipeline.parts.values(), *(networks_of[role][1] for role in run.tokens)):
             stack.enter_context(part.used())  # or a later call would read it anew, without the hooks
-        encoded = {role: stack.enter_context(trace(encoders[role][1].module, TRACED.__contains__))
+        encoded = {role: stack.enter_context(trace(networks_of[role][1].module, TRACED.__contains__))
                    for role in run.tokens}
         passes = stack.enter_context(trace(pipeline.transformer, only))
         decoded = stack.enter_context(trace(pipeline.autoencoder, lambda name: name in {*listed, "decoder.out"}))
@@ -148,7 +148,7 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
     for role, of_prompts in encoded.items():  # a prompt in a pass; the negative one again in each call
         once = of_prompts[:per] + of_prompts[2 * per - 1 :: per]
         found |= {f"{role}.{TRACED[name]}": torch.cat([one[name] for one in once]) for name in once[0]}
-    found |= {} if run.sd3 else {"clip_l.pooled": found["clip_l.unprojected"]}
+    found |= {"clip_l.pooled": found["clip_l.unprojected"]} if not run.sd3 and "clip_l" in run.tokens else {}
     calls = [passes[i : i + run.steps] for i in range(0, len(passes), run.steps)]
     for step in range(run.steps):
         found[f"latent.{step}" if step else "noise"] = torch.cat([one[step]["latent.in"][:images] for one in calls])

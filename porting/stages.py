@@ -40,28 +40,40 @@ class Run(SimpleNamespace):
         push |= {"scale": None} if "strength" in push else {}
         r = replace(usual.repulsion or Repulsion(strength=1.0), **push)
         call = {x: getattr(usual, x) for x in ("steps", "guidance", "height", "width")} | {"seed": 0} | given
+        if r.until is not None:
+            levels = enumerate(pipeline.sigmas(call["steps"], call["height"], call["width"]).tolist()[:-1])
+            r = replace(r, until=None, steps=sum(r.acts_at(step, level) for step, level in levels))
         if images < 2 or call["steps"] <= r.start or r.objective not in OBJECTIVES:
             raise ValueError("a kit of this checkpoint needs at least 2 images, which repel each other, at least "
                              f"{r.start + 1} steps, since repulsion starts after {r.start}, and one of the objectives "
                              f"{', '.join(OBJECTIVES)}: got {images}, {call['steps']} and {r.objective}")
         configs = {role: stored.config for role, stored in networks(model).items()}
         config, sd3 = configs["transformer"], text.family == "sd3"
-        guided = sd3 and (call["guidance"] or 0) > 1
+        guided = not config.guidance_embedding and (call["guidance"] or 0) > 1
         prompts = [""] * guided + ([prompt] if isinstance(prompt, str) else [*prompt])
         tokens, dual = {}, config.num_dual_blocks
-        encoders = [*zip(("clip_l", "clip_g"), text.clips, strict=False), *([("t5", text.t5)] if text.t5 else [])]
-        for role, (tokenizer, _) in encoders:
+        for role, (tokenizer, _) in encoders(pipeline).items():
             n = text.t5_length if role == "t5" else tokenizer.length
             rows = zip(tokenizer(prompts, n).tolist(), map(tokenizer.count, prompts), strict=True)
-            tokens[role] = [row[:count] for row, count in rows], tokenizer.pad_token, n
+            left = getattr(tokenizer, "pads_left", False)
+            tokens[role] = [row[-count:] if left else row[:count] for row, count in rows], tokenizer.pad_token, n, left
         pictures = images * (len(prompts) - guided)
         batch = [f"[0] * {pictures}"] * guided + [f"[{i}] * {images}" for i in range(guided, len(prompts))]
         last = dual - sd3 if r.single_stream_tokens == "none" or sd3 else None  # SD3 drops the last block's context
+        context = tokens["text"][2] if "text" in tokens else text.t5_length + sd3 * tokens["clip_l"][2]
         sizes = {name: call[side] // pipeline.multiple for name, side in (("rows", "height"), ("columns", "width"))}
         return cls(model=model, prompts=tuple(prompts), images=images, **call, **sizes, sd3=sd3, branches=1 + guided,
                    batch=" + ".join(batch), samples=pictures * (1 + guided), repulsion=r, schedule=pipeline.schedule,
-                   configs=configs, tokens=tokens, context_tokens=text.t5_length + (tokens["clip_l"][2] if sd3 else 0),
+                   configs=configs, tokens=tokens, context_tokens=context,
                    repels_in=tuple(i for i in range(config.num_blocks)[:last] if r.acts_in(i, config.num_blocks)))
+
+
+def encoders(pipeline: Pipeline) -> dict[str, tuple[Any, Any]]:
+    """Tokenizer and network of each text encoder, by role."""
+    text = pipeline.text
+    if text.family == "flux2":
+        return {"text": (text.tokenizer, text.decoder)}
+    return dict(zip(("clip_l", "clip_g"), text.clips, strict=False)) | ({"t5": text.t5} if text.t5 else {})
 
 
 class Entry(NamedTuple):
@@ -87,6 +99,7 @@ class Sheet:
         self.run, self.config, self.n = run, run.configs["transformer"], run.context_tokens
         self.sd3, self.dual, self.single = run.sd3, self.config.num_dual_blocks, self.config.num_single_blocks
         self.entries, self.names, self.stage, self.place = [], {}, "", ""
+        self.activation = "swiglu" if self.config.gated_mlp else "gelu_tanh"
         self.text()
         for step in range(run.steps):
             if here := step == run.repulsion.start:
@@ -108,11 +121,15 @@ class Sheet:
 
     def text(self) -> None:
         run, s, dim = self.run, self.run.schedule, self.config.context_dim
-        for role, (ids, pad, n) in run.tokens.items():
+        for role, (ids, pad, n, left) in run.tokens.items():
             config, self.stage, self.place = run.configs[role], role, role
             count, h = config.num_layers, config.num_heads
             values = {"role": role, "ids": ids, "pad": pad, "n": n, "layers": count, "last": count - 1}
-            if role == "t5":
+            if role == "text":
+                more = h, config.num_kv_heads, config.norm_eps, config.rope_theta, [len(row) for row in ids], left
+                self.add("decoder text", **values, kept=[*config.layers], padded="padded" + "_left" * left,
+                         more=", ".join(map(str, more)))
+            elif role == "t5":
                 self.add("t5", **values, more=f"{h}, t5_bias(w, {n}, {config.relative_buckets}, "
                          f"{config.relative_max_distance})")
             else:
@@ -120,19 +137,28 @@ class Sheet:
                 self.add("clip", **values)
                 self.add("clip sd3" if self.sd3 else "clip flux", **values, end=config.end_token)
         clips, self.stage = [role for role in run.tokens if role != "t5"], "start"
-        zeros = dim - sum(run.configs[role].hidden_size for role in clips)
-        t5 = "t5" if "t5" in run.tokens else f"zeros({len(run.prompts)}, {self.n - run.tokens[clips[0]][2]}, {dim})"
-        context = f"cat([pad(cat([{', '.join(clips)}], -1), (0, {zeros})), {t5}], 1)"
+        t5 = next((role for role in ("t5", "text") if role in run.tokens), "")
+        if self.sd3:
+            zeros = dim - sum(run.configs[role].hidden_size for role in clips)
+            t5 = t5 or f"zeros({len(run.prompts)}, {self.n - run.tokens[clips[0]][2]}, {dim})"
+            context = f"cat([pad(cat([{', '.join(clips)}], -1), (0, {zeros})), {t5}], 1)"
         slope = f"({s.max_shift} - {s.base_shift}) / ({s.max_image_seq_len} - {s.base_image_seq_len})"
-        shift = f"exp({s.base_shift} + {slope} * ({run.rows * run.columns} - {s.base_image_seq_len}))"
+        m = run.rows * run.columns
+        shift = f"exp({s.base_shift} + {slope} * ({m} - {s.base_image_seq_len}))"
+        if s.spacing == "flux2":
+            at_200, at_10 = f"(0.00016927 * {m} + 0.45666666)", f"(8.73809524e-05 * {m} + 1.89833333)"
+            between = f" + ({at_10} - {at_200}) * (200 - {run.steps}) / 190" * (m <= 4300)
+            shift = f"exp({at_200}{between})"
         sd3 = f"cat([shifted(line(1, shifted(0.001, {s.shift}), {run.steps}), {s.shift}), zeros(1)])"
         flux = f"shifted(line(1, 0, {run.steps + 1}), {shift if s.shift is None else s.shift})"
-        self.add("start", context=context if self.sd3 else t5, levels=sd3 if self.sd3 else flux,
-                 pooled=", ".join(f"{role}_pooled" for role in clips))
+        if self.config.pooled_dim:
+            self.add("pooled", pooled=", ".join(f"{role}_pooled" for role in clips))
+        self.add("start", context=context if self.sd3 else t5, levels=sd3 if self.sd3 else flux)
 
     def transformer(self) -> None:
         run, config, self.stage, self.place = self.run, self.config, "embedding", "transformer"
-        p, vector = config.patch_size, f"mlp(time, w.time_in, silu) + mlp(pooled[{run.batch}], w.pooled_in, silu)"
+        p, vector = config.patch_size, "mlp(time, w.time_in, silu)"
+        vector += f" + mlp(pooled[{run.batch}], w.pooled_in, silu)" if config.pooled_dim else ""
         self.add("embedding", step=run.repulsion.start)
         if config.guidance_embedding:
             self.add("guidance", guidance=float(run.guidance))
@@ -157,6 +183,14 @@ class Sheet:
             self.add("between", block=f"{kind}.{i}", x=x, names=", ".join([*names, "vector"]))
         self.names |= {x: f"{kind}.{i}.{x}.in" for x in names}
 
+    def modulation(self, name: str, own: str, shared: str, parts: int) -> None:
+        """Of a block's own layer, or of the model's for all blocks (FLUX.2)."""
+        place = self.place
+        if self.config.shared_modulation:
+            self.place, own = "transformer", f"shared_modulation.{shared}"
+        self.add("modulation", place=name, layer=own, parts=parts)
+        self.place = place
+
     def projected(self, x: str, tokens: str, w: str) -> str:
         split = f"heads(linear({tokens}, {w}.{x}), {self.config.num_heads})"
         return f"rms_norm({split}, 1e-6, {w}.norm_{x})" if x != "v" and self.config.qk_norm else split
@@ -179,7 +213,7 @@ class Sheet:
         self.between("dual", i, streams)
         for x in streams:
             parts = 2 if x not in kept else 9 if second and x == "image" else 6
-            self.add("modulation", place=f"{block}.{x}.", layer=f"{x}.modulation", parts=parts)
+            self.modulation(f"{block}.{x}.", f"{x}.modulation", x, parts)
         for x in streams:
             self.names["modulation"] = f"{block}.{x}.modulation"
             self.add("normed", x=x, tokens=x, place=f"{block}.attention.{x}.in")
@@ -196,7 +230,7 @@ class Sheet:
         for x in kept[::-1]:
             self.names["modulation"] = f"{block}.{x}.modulation"
             y = f"{x} + gate * {x}_attended" + " + second_gate * second" * (second and x == "image")
-            self.add("mlp", block=block, x=x, y=y)
+            self.add("mlp", block=block, x=x, y=y, activation=self.activation)
         self.names |= {x: f"{block}.{x}.out" for x in kept}
 
     def single_block(self, i: int) -> None:
@@ -206,13 +240,13 @@ class Sheet:
             self.between("single", i, ("tokens",))
         else:
             self.add("joined")
-        self.add("modulation", place=f"{block}.", layer="modulation", parts=3)
+        self.modulation(f"{block}.", "modulation", "single", 3)
         self.add("normed", x="tokens", tokens="tokens", place=f"{block}.linear_in.in")
         self.attention(block, {"tokens_normed": "w"})
         if number in self.run.repels_in:
             context = self.run.repulsion.single_stream_tokens == "context"
             attended = self.push(block, number, attended, f"[:, :{self.n}]" * context)
-        self.add("single", block=block, attended=attended)
+        self.add("single", block=block, attended=attended, activation=self.activation)
 
     def push(self, block: str, number: int, formula: str, tokens: str = "") -> str:
         """The push of a block, of its tokens at that index; for the first block that repels also what is inside it."""
@@ -235,8 +269,11 @@ class Sheet:
         return "pushed"
 
     def image(self) -> None:
-        config, self.stage, self.place = self.run.configs["autoencoder"], "image", "autoencoder.decoder"
-        self.add("decoder", scaling=config.scaling, shift=config.shift, groups=config.norm_groups)
+        config, self.stage, self.place = self.run.configs["autoencoder"], "image", "autoencoder"
+        flux2, q = config.patch_size > 1, config.patch_size
+        self.add("decoder flux2" if flux2 else "decoder", scaling=config.scaling, shift=config.shift, q=q)
+        self.place = "autoencoder.decoder"
+        self.add("middle", x="conv(x, w.latent_conv)" if flux2 else "x", groups=config.norm_groups)
         for i in range(len(config.channels)):
             self.add("level", i=i, groups=config.norm_groups, blocks=config.blocks_per_level + 1,
                      up=i < len(config.channels) - 1)
