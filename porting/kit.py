@@ -58,6 +58,7 @@ class Kit:
 
     @staticmethod
     def entry(row: dict[str, Any]) -> Entry:
+        """What a row says of its tensor."""
         return Entry(*(row[name] for name in Entry._fields))
 
 
