@@ -31,7 +31,7 @@ args = parser.parse_args()
 
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT))
 threading.Thread(target=server.serve_forever, daemon=True).start()
-strengths = [0.2 * i for i in range(round(args.most / 0.2) + 1)]
+strengths = [0.3 * i for i in range(round(args.most / 0.3) + 1)]
 with sync_playwright() as p:
     found = next(filter(None, map(shutil.which, (p.chromium.executable_path, "chromium"))), None)
     browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -58,5 +58,5 @@ server.shutdown()
 order = [*range(len(frames)), *reversed(range(1, len(frames) - 1))]
 pause = {0: 900, len(frames) - 1: 1600}
 frames[0].save(args.out, save_all=True, append_images=[frames[i] for i in order[1:]], loop=0, method=6, quality=80,
-               duration=[pause.get(i, 180) for i in order])
+               duration=[pause.get(i, 260) for i in order])
 print(f"{args.out}: {len(order)} frames, {args.out.stat().st_size / 1e6:.2f} MB")

@@ -1,6 +1,7 @@
 // The page's figures, as SVG: the Gram matrix, its spectrum, and the Vendi score along a run.
 
-const number = (x, digits) => x.toFixed(digits).replace("-", "−");
+/** As in .72, −.05, 1.00. */
+export const number = (x, digits) => x.toFixed(digits).replace("-", "−").replace(/^(−?)0/, "$1");
 const svg = (width, height, label, content) => (
   `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${label}">${content}</svg>`);
 
@@ -11,7 +12,7 @@ export function gramFigure(kernel, low) {
     const share = Math.min(1, Math.max(0, (cosine - low) / (1 - low))), at = [(j + 0.5) * side, (i + 0.5) * side + 4];
     const style = `fill: var(--${share > 0.5 ? "paper" : "ink"}); font-size: ${side > 40 ? 12 : 9.5}px`;
     const label = few ? `<text x="${at[0]}" y="${at[1]}" text-anchor="middle" style="${style}">${
-      number(cosine, digits).replace(/^(−?)0/, "$1")}</text>` : "";
+      number(cosine, digits)}</text>` : "";
     return `<rect x="${j * side}" y="${i * side}" width="${side - 1}" height="${side - 1}" fill="var(--row)"
       fill-opacity="${0.06 + 0.94 * share}"/>${label}`;
   }));

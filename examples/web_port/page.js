@@ -1,6 +1,6 @@
 // The page: what is asked for, what is painted, what is shown. The model is in model/.
 
-import { curveFigure, gramFigure, spectrumFigure } from "./figures.js";
+import { curveFigure, gramFigure, number, spectrumFigure } from "./figures.js";
 import { Engine } from "./model/engine.js";
 import { spectrum, vendiScore } from "./model/repulsion.js";
 import { noiseLevels, pushes } from "./model/sampler.js";
@@ -165,7 +165,7 @@ function showFigures() {
   const low = Math.min(0.99, ...kernels.filter(Boolean).flat(2));
   visible.forEach((row, i) => {
     if (kernels[i]) $(row).querySelector(".figures").innerHTML = `
-      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${low.toFixed(2)}–1</figcaption></figure>
+      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${number(low, 2)} to 1</figcaption></figure>
       <figure>${spectrumFigure(spectrum(kernels[i]))}<figcaption>eigenvalues</figcaption></figure>
       <p class="score"><b>${vendiScore(kernels[i]).toFixed(2)}</b>Vendi score, at most ${kernels[i].length}</p>`;
   });
