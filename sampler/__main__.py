@@ -1,6 +1,7 @@
 """`python -m sampler PROMPT`: the same seeds twice, a typical batch and one whose samples repel each other."""
 
 import argparse
+import os
 import sys
 
 from .options import exit_code, parser
@@ -15,7 +16,10 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """The exit code, see `exit_code`."""
-    return exit_code(run, parser())
+    options = parser()
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        options.error = lambda _: sys.exit(2)  # rank 0 says it
+    return exit_code(run, options)
 
 
 if __name__ == "__main__":
