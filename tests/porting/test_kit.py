@@ -11,15 +11,16 @@ import pytest
 import torch
 from conftest import PROMPTS
 from safetensors.torch import load_file
+from small_flux2 import dev, klein
 from small_pipelines import saved, sd3
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmdit.blocks
 import porting.kit
-from mmdit import trace
+from mmdit import TextDecoder, trace
 from porting import Kit, Run, compare, record, report, write
-from porting.evaluate import Weights, evaluate
+from porting.evaluate import Weights, evaluate, find
 from porting.kit import MARGIN, ROUNDING, Tf32
 from porting.stages import Sheet, networks
 from repulsion import cosine_kernel
@@ -55,6 +56,35 @@ def assert_formulas_hold(pipeline, run, names):
             # what the sampler keeps in float32; a value in a hundred thousand that lies between two bytes
             limit = 1e-6 if entry.stage in ("steps", "start") else 1e-3 if entry.name == "pixels" else 1e-12
             assert (ours - theirs).norm() <= limit * theirs.norm(), entry.name
+
+
+@pytest.mark.parametrize("make", [lambda: klein(is_distilled=False), dev], ids=["klein-base", "dev"])
+def test_flux2_s_formulas_give_what_the_program_computes(tmp_path, make):
+    """Qwen3 and Mistral, with padding behind and before; guidance of two branches and as an input."""
+    saved(make(), tmp_path / "flux2")
+    pipeline = Pipeline.load(tmp_path / "flux2", dtype=torch.float64)
+    run = Run.of(pipeline, str(tmp_path / "flux2"), PROMPTS, height=64, width=64, steps=2)
+    entries = {entry.name: entry for entry in Sheet(run).entries}
+    assert_formulas_hold(pipeline, run, entries.keys())
+
+    weights, decoder = Weights(networks(run.model)), pipeline.text.decoder.module
+    found, ids = record(pipeline, run, weights), pipeline.text.tokenizer(list(run.prompts))
+    gate, value = found["dual.0.image.mlp.in_layer.out"].chunk(2, -1)
+    earlier = TextDecoder(replace(decoder.config, layers=tuple(layer - 1 for layer in decoder.config.layers))).double()
+    earlier.load_state_dict(decoder.state_dict(), strict=False)
+    uncounted = found["dual.0.rope.in"].clone()
+    uncounted[0, : ids.shape[1]], uncounted[1, : ids.shape[1]] = 1, 0  # cosine and sine of 0
+    mask = pipeline.text.tokenizer.mask(list(run.prompts))
+    with torch.no_grad(), trace(decoder, "layers.0.out") as passes:
+        decoder(ids)
+        (unmasked,) = passes
+        for name, mistaken, words in [
+            ("dual.0.image.mlp.activation.out", F.silu(value) * gate, "gate and value swapped"),
+            ("text.states", earlier(ids, mask), "the states of the layers before"),
+            ("text.layer_0", unmasked["layers.0.out"], "padding not masked"),
+            ("dual.0.rope.in", uncounted, "context tokens not counted on the fourth axis"),
+        ]:
+            assert (find(entries[name], found, weights, mistaken.double()) or "").startswith(words), name
 
 
 @pytest.mark.parametrize("which", ["", "flux_"])
