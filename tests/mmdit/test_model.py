@@ -195,8 +195,9 @@ def test_skipped_layers_agree_with_diffusers(tmp_path):
 
 BILLIONS = {  # parameters as published; the position tables are no parameters
     "flux1-dev": 11.90, "flux1-schnell": 11.89, "flux1-dev-de-distill": 11.89, "flux1-kontext-dev": 11.90,
-    "flux2-dev": 32.22, "flux2-klein-base-9b": 9.08, "flux2-klein-9b": 9.08, "flux2-klein-base-4b": 3.88,
-    "flux2-klein-4b": 3.88, "sd3-medium": 2.03, "sd3.5-medium": 2.24, "sd3.5-large": 8.06, "sd3.5-large-turbo": 8.06,
+    "flux2-dev": 32.22, "flux2-klein-base-9b": 9.08, "flux2-klein-9b": 9.08, "flux2-klein-9b-kv": 9.08,
+    "flux2-klein-base-4b": 3.88, "flux2-klein-4b": 3.88,
+    "sd3-medium": 2.03, "sd3.5-medium": 2.24, "sd3.5-large": 8.06, "sd3.5-large-turbo": 8.06,
 }
 
 

@@ -13,13 +13,16 @@ export class Decoder extends Network {
     x = this.residual("decoder.mid_block.resnets.0", x, size);
     x = this.attention("decoder.mid_block.attentions.0", x, size);
     x = this.residual("decoder.mid_block.resnets.1", x, size);
+    this.note("decoder.middle.out", x, [x.length / (rows * columns), ...size]);
     for (let level = 0; level < widths.length; level++) {
       const name = `decoder.up_blocks.${level}`;
       for (let i = 0; i <= layers_per_block; i++) x = this.residual(`${name}.resnets.${i}`, x, size);
-      if (!this.tensors[`${name}.upsamplers.0.conv.weight`]) continue;
-      x = twice(x, size);
-      size = size.map((side) => 2 * side);
-      x = this.conv(`${name}.upsamplers.0.conv`, x, size);
+      if (this.tensors[`${name}.upsamplers.0.conv.weight`]) {
+        x = twice(x, size);
+        size = size.map((side) => 2 * side);
+        x = this.conv(`${name}.upsamplers.0.conv`, x, size);
+      }
+      this.note(`decoder.levels.${level}.out`, x, [x.length / (size[0] * size[1]), ...size]);
     }
     const image = this.conv("decoder.conv_out", silu(this.groupNorm("decoder.conv_norm_out", x)), size);
     this.note("image", image, [3, ...size]);

@@ -4,7 +4,7 @@ import { Network, attend, gelu, geluTanh, join, plus, silu } from "./layers.js";
 
 export class Clip extends Network {
   /** ids (n) → states: those that enter the last layer (n, d); pooled (projection_dim). */
-  encode(ids) {
+  encode(ids, first = () => {}) {
     const { hidden_size: d, num_attention_heads: heads, num_hidden_layers: layers, hidden_act } = this.config;
     const activation = { gelu, quick_gelu: (x) => silu(x, 1.702) }[hidden_act], embeddings = "text_model.embeddings";
     const positions = this.w(`${embeddings}.position_embedding.weight`);
@@ -17,6 +17,7 @@ export class Clip extends Network {
       x = plus(x, this.linear(`${name}.self_attn.out_proj`, attend(q, k, v, d, heads, { bias: causal })));
       const inner = this.linear(`${name}.mlp.fc1`, this.layerNorm(`${name}.layer_norm2`, x));
       x = plus(x, this.linear(`${name}.mlp.fc2`, activation(inner)));
+      if (i === 0) first(x);
     }
     const end = ids.indexOf(this.config.eos_token_id);  // the first: CLIP-L pads with the end token too
     const last = this.layerNorm("text_model.final_layer_norm", x).subarray(end * d, (end + 1) * d);
@@ -26,7 +27,7 @@ export class Clip extends Network {
 
 export class T5 extends Network {
   /** ids (n) → the last states (n, d). Padding is not masked: SD3 was trained so. */
-  encode(ids) {
+  encode(ids, first = () => {}) {
     const { num_layers: layers, num_heads: heads, d_kv: width } = this.config;
     let x = this.embed("shared.weight", ids);
     const bias = this.positionBias();
@@ -40,6 +41,7 @@ export class T5 extends Network {
       const value = this.linear(`${mlp}.DenseReluDense.wi_1`, h);
       h = geluTanh(this.linear(`${mlp}.DenseReluDense.wi_0`, h)).map((gate, j) => gate * value[j]);
       x = plus(x, this.linear(`${mlp}.DenseReluDense.wo`, h));
+      if (i === 0) first(x);
     }
     return this.rmsNorm("encoder.final_layer_norm", x);
   }
@@ -63,7 +65,9 @@ export class T5 extends Network {
 
 /** A prompt → context (N, width): both CLIPs' states side by side, zeros up to T5's width, then T5's; pooled (d). */
 export function encode({ clip_l, clip_g, t5 }, ids, note = () => {}) {
-  const l = clip_l.encode(ids.clip_l), g = clip_g.encode(ids.clip_g), states = t5.encode(ids.t5);
+  const first = (name) => (x) => note(`${name}.layer_0`, x, [ids[name].length, x.length / ids[name].length]);
+  const l = clip_l.encode(ids.clip_l, first("clip_l")), g = clip_g.encode(ids.clip_g, first("clip_g"));
+  const states = t5.encode(ids.t5, first("t5"));
   const widths = [clip_l, clip_g].map((clip) => clip.config.hidden_size);
   const width = t5.config.d_model, n = ids.clip_l.length;
   const clips = new Float32Array(n * width);
