@@ -104,3 +104,4 @@ if __name__ == "__main__":
         dist.all_gather_object(everyone, {"held": result["pushed"][1], "sharded": result["sharded"]})
         if not ours.rank:
             torch.save({**result, "everyone": everyone}, out)
+        dist.barrier()  # none ends while another still uses the connection

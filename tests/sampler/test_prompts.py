@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -104,7 +105,11 @@ def test_a_killed_process_is_gone_on_from(prompts, tmp_path):
     assert begun < set(NAMES)
     before = {name: (tmp_path / "killed" / name).stat().st_ino for name in begun}
     out = prompts("killed")
-    assert sorted(line["folder"] for line in lines(out)) == NAMES and written(out) == expected
+    found = written(out)
+    assert sorted(line["folder"] for line in lines(out)) == NAMES and found.keys() == expected.keys()
+    for name, pixels in found.items():  # another process may sum in another order, on more threads
+        ours, theirs = (np.frombuffer(x, dtype=np.uint8).astype(int) for x in (pixels, expected[name]))
+        assert np.abs(ours - theirs).max() <= 2, name
     assert before == {name: (out / name).stat().st_ino for name in begun}
 
 
