@@ -146,13 +146,18 @@ def text_encoders(config: MMDiTConfig, prompt_tokens: int | None) -> list[tuple[
     return [(*CLIP_L, 77), (*CLIP_G, 77), (*T5, prompt_tokens or T5_LIMIT["sd3"])]
 
 
+def context_tokens(config: MMDiTConfig, encoders: list[tuple]) -> int:
+    """Those of the last text encoder; SD3's context has the CLIPs' as well."""
+    return encoders[-1][-1] + 77 * (config.position == "table")
+
+
 def needs(name: str, float8: bool, images: tuple[int, ...] = IMAGES) -> list[float]:
     """GiB for each number of pictures with all networks on the card, then by parts, then by blocks."""
     config, *_, settings = PUBLIC[name]
     encoders, vae = text_encoders(config, settings.prompt_tokens), AutoencoderConfig()
     if config.pooled_dim is None:
         vae = FLUX2_VAE
-    tokens = encoders[-1][-1] + 77 * (config.position == "table")  # SD3's context has the CLIPs' tokens as well
+    tokens = context_tokens(config, encoders)
     found = {"all": [], "parts": [], "blocks": []}
     for streamed in (False, True):
         model = build(MMDiT, config, float8, streamed)

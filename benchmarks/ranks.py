@@ -27,6 +27,7 @@ from weights.detect import find_parts
 from weights.tables import FLUX_ORIGINAL
 
 from .loading import sparse_file
+from .scale import exchanged
 
 PUSHES = [  # name, images, branches, tokens, features, dtype
     ("FLUX.1, context", 4, 1, 512, 3072, torch.bfloat16),
@@ -58,7 +59,7 @@ def bytes_of_pushes(ours, repeats: int = 10) -> None:
             push(tokens)
         dist.barrier()
         measured = (sent() - before) / repeats / 2**20
-        formula = 2 * (1 - 1 / ours.size) * groups * images * n * d * dtype.itemsize / 2**20
+        formula = ours.size * exchanged(groups * images, n * d, ours.size, dtype.itemsize) / 2**20
         if not ours.rank:
             print(f"| {name}, {images} images | {formula:.2f} MiB | {measured:.2f} MiB | {measured / formula:.3f} |")
 

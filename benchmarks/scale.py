@@ -14,7 +14,7 @@ from mmdit import MMDiT, MMDiTConfig
 from mmdit.meta import on_meta
 from weights import PUBLIC
 
-from .memory import text_encoders
+from .memory import context_tokens, text_encoders
 from .solver import show
 
 MODELS = ("flux1-dev", "sd3.5-large", "flux2-klein-4b")
@@ -47,18 +47,22 @@ def push_operations(config: MMDiTConfig, n: int, m: int, samples: int) -> int:
     return 4 * samples**2 * pushed_tokens(config, n, m) * config.hidden_size
 
 
-def push_bytes(config: MMDiTConfig, n: int, m: int, samples: int, ranks: int, itemsize: int = 2) -> int:
-    """What each rank sends for all pushes of a step: of its B / R samples the features of the other ranks, there and
-    back; and the sums of its Gram matrices, B² numbers of 8 bytes each, to one rank and back."""
+def exchanged(samples: int, features: int, ranks: int, itemsize: int = 2) -> float:
+    """Bytes that a rank sends of its B / R samples in a push: the features of the other ranks, there and back."""
+    return 2 * samples / ranks * features * itemsize * (ranks - 1) / ranks
+
+
+def push_bytes(config: MMDiTConfig, n: int, m: int, samples: int, ranks: int) -> int:
+    """What each rank sends for all pushes of a step: features, and the sums of its Gram matrices, B² numbers of 8 bytes
+    each, to one rank and back."""
     pushes = config.num_blocks - config.context_ends_early
-    features = 2 * (samples / ranks) * pushed_tokens(config, n, m) * config.hidden_size * (ranks - 1) / ranks
-    return round(features * itemsize + 2 * pushes * samples**2 * 8 * (ranks - 1) / ranks)
+    features = exchanged(samples, pushed_tokens(config, n, m) * config.hidden_size, ranks)
+    return round(features + 2 * pushes * samples**2 * 8 * (ranks - 1) / ranks)
 
 
 def row(name: str, samples: int, ranks: int) -> list[str]:
     config, settings = PUBLIC[name].config, PUBLIC[name].settings
-    encoders = text_encoders(config, settings.prompt_tokens)
-    n, side = encoders[-1][-1] + 77 * (config.position == "table"), 1024 // 16
+    n, side = context_tokens(config, text_encoders(config, settings.prompt_tokens)), 1024 // 16
     branches = 2 if not config.guidance_embedding and (settings.guidance or 0) > 1 else 1
     step = samples * branches * step_operations(config, n, side)
     push = branches * push_operations(config, n, side**2, samples)

@@ -22,7 +22,7 @@ from sampler.folders import whole_folder
 from . import files
 from .evaluate import SCOPE, TRAPS, Weights, evaluate
 from .page import page
-from .stages import Entry, Run, Sheet, encoders, networks
+from .stages import Entry, Run, Sheet, networks
 
 MARGIN = 10  # the tolerance, relative to the deviation of our own run
 ROUNDING = {"float32": 2.0**-24, "tf32": 2.0**-24, "bfloat16": 2.0**-9}  # the least deviation assumed of a run
@@ -126,7 +126,7 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
     images, per = run.images, run.branches
     shape = pipeline.config.latent_channels, run.height // pipeline.downscale, run.width // pipeline.downscale
     noise = starting_noise(run.seed, run.samples // per, shape)
-    networks_of = encoders(pipeline)
+    encoders = pipeline.text.encoders
 
     def only(name: str) -> bool:
         return name == "latent.in" or name in listed and (len(passes) - 1) % run.steps == run.repulsion.start
@@ -135,9 +135,9 @@ def record(pipeline: Pipeline, run: Run, weights: Weights | None = None) -> dict
         if weights.dtype == torch.float64:
             stack.callback(setattr, mmdit.model, "timestep_features", own)
             mmdit.model.timestep_features = lambda t: torch.stack([SCOPE["features"](1000 * x) for x in t.double()])
-        for part in (*pipeline.parts.values(), *(networks_of[role][1] for role in run.tokens)):
+        for part in (*pipeline.parts.values(), *(part for _, part in encoders.values())):
             stack.enter_context(part.used())  # or a later call would read it anew, without the hooks
-        encoded = {role: stack.enter_context(trace(networks_of[role][1].module, TRACED.__contains__))
+        encoded = {role: stack.enter_context(trace(encoders[role][1].module, TRACED.__contains__))
                    for role in run.tokens}
         passes = stack.enter_context(trace(pipeline.transformer, only))
         decoded = stack.enter_context(trace(pipeline.autoencoder, lambda name: name in {*listed, "decoder.out"}))

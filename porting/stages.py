@@ -52,7 +52,7 @@ class Run(SimpleNamespace):
         guided = not config.guidance_embedding and (call["guidance"] or 0) > 1
         prompts = [""] * guided + ([prompt] if isinstance(prompt, str) else [*prompt])
         tokens, dual = {}, config.num_dual_blocks
-        for role, (tokenizer, _) in encoders(pipeline).items():
+        for role, (tokenizer, _) in text.encoders.items():
             n = text.t5_length if role == "t5" else tokenizer.length
             rows = zip(tokenizer(prompts, n).tolist(), map(tokenizer.count, prompts), strict=True)
             left = getattr(tokenizer, "pads_left", False)
@@ -66,14 +66,6 @@ class Run(SimpleNamespace):
                    batch=" + ".join(batch), samples=pictures * (1 + guided), repulsion=r, schedule=pipeline.schedule,
                    configs=configs, tokens=tokens, context_tokens=context,
                    repels_in=tuple(i for i in range(config.num_blocks)[:last] if r.acts_in(i, config.num_blocks)))
-
-
-def encoders(pipeline: Pipeline) -> dict[str, tuple[Any, Any]]:
-    """Tokenizer and network of each text encoder, by role."""
-    text = pipeline.text
-    if text.family == "flux2":
-        return {"text": (text.tokenizer, text.decoder)}
-    return dict(zip(("clip_l", "clip_g"), text.clips, strict=False)) | ({"t5": text.t5} if text.t5 else {})
 
 
 class Entry(NamedTuple):

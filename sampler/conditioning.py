@@ -32,8 +32,9 @@ class TextEncoders:
     t5_limit: int | None = None  # tokens of T5 that the transformer was trained with; None: those of its family
 
     @property
-    def parts(self) -> list[Part]:
-        return [part for _, part in (*self.clips, *([self.t5] if self.t5 else []))]
+    def encoders(self) -> dict[str, tuple[ClipTokenizer | T5Tokenizer, Part]]:
+        """Tokenizer and network by role."""
+        return dict(zip(("clip_l", "clip_g"), self.clips, strict=False)) | ({"t5": self.t5} if self.t5 else {})
 
     @property
     def t5_length(self) -> int:
@@ -87,8 +88,9 @@ class ChatEncoder:
     family = "flux2"
 
     @property
-    def parts(self) -> list[Part]:
-        return [self.decoder]
+    def encoders(self) -> dict[str, tuple[QwenTokenizer | MistralTokenizer, Part]]:
+        """Tokenizer and network by role."""
+        return {"text": (self.tokenizer, self.decoder)}
 
     @torch.no_grad()
     def __call__(self, *prompts: str) -> tuple[Tensor, None]:
@@ -111,14 +113,14 @@ class ChatEncoder:
 
 
 class EncodedBefore:
-    """In the place of text encoders, what they made of `prompts`, for which they were read once. It is in the CPU's
+    """The outputs of text encoders for `prompts`, in their place; each encoder is read once. They are in the CPU's
     memory: in bfloat16, 4 MiB a prompt with FLUX.1, 8 with FLUX.2-klein-4B, 15 with -dev.
     """
 
     def __init__(self, text: TextEncoders | ChatEncoder, prompts: Sequence[str]):
         self.family, self.check_length, self.encoded = text.family, text.check_length, {}
         with ExitStack() as stack:
-            for part in text.parts:
+            for _, part in text.encoders.values():
                 stack.enter_context(part.used(now=False))
             for prompt in prompts:
                 states = text(prompt)
@@ -131,7 +133,7 @@ class EncodedBefore:
 
 
 def find_text_encoders(found: Checkpoint, parts: dict[str, Part], context_dim: int,
-                  t5_limit: int | None) -> TextEncoders | ChatEncoder:
+                       t5_limit: int | None) -> TextEncoders | ChatEncoder:
     """The text encoders among the parts of a pipeline, by role, each with the tokenizer that was found for it."""
     files = found.tokenizers
     if found.family == "flux2":

@@ -11,7 +11,7 @@ from repulsion import Repulsion
 
 from .parts import Part
 
-# (samples, σ, step) → context and pooled vector, which FLUX.2 has not
+# (samples, σ, step) → context and pooled vector (FLUX.2: None)
 Condition = Callable[[int, float, int], tuple[Tensor, Tensor | None]]
 
 

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         try:
             for name in own:
                 make(pipeline, groups[name], out / name, painters)
-                bar.update(count(out, groups) - bar.n)
+                if not ranks.rank:
+                    bar.update(count(out, groups) - bar.n)
             while ranks.left() and not ranks.rank:
                 time.sleep(0.5)
                 bar.update(count(out, groups) - bar.n)

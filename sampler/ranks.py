@@ -1,9 +1,9 @@
 """Groups across ranks: each of the processes that torchrun started paints its share of a batch, and all samples repel.
 
-The push needs of the tokens only the Gram matrix, a sum over their features, and then mixes the samples feature by
-feature. So for a push every rank gives away its samples' features and receives its share of the features of all
-samples (an all-to-all), the ranks add up the Gram matrix (an all-reduce of B × B numbers), each mixes what it has, and
-the features go back. No rank holds the tokens of all samples. One push of B samples of N · D features of e bytes, in g
+The mixing matrix of a push follows from the Gram matrix, a sum over the tokens' features, and the samples are then
+mixed feature by feature. So for a push each rank sends its samples' features and receives its share of the features of
+all samples (an all-to-all), the ranks add up the Gram matrix (an all-reduce of B × B numbers), each mixes its features,
+and sends them back. No rank holds the tokens of all samples. One push of B samples of N · D features of e bytes, in g
 branches of guidance, makes each of R ranks send 2 (1 − 1/R) g B/R N D e bytes and B × B numbers.
 """
 
@@ -170,7 +170,7 @@ def joined() -> Iterator[Ranks]:
     """The ranks of torchrun, or the only one without it. If one of them fails, all end, and one says why.
 
     The first that fails says so in the store, which torchrun's own process holds, and raises its error. The others fail
-    at their next exchange and exit with 2 without a word, or torchrun ends them; it then adds its own report.
+    at their next exchange and exit with 2, silently, or torchrun ends them; it then adds its own report.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield Ranks()

@@ -22,6 +22,6 @@ def widen(packed: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     rows, columns = len(packed), 2 * packed.shape[1]
     scales = rearrange(scales.float().flatten(), "(tile column high low c) -> (tile low high) (column c)",
                        column=scales.shape[1] // TILE[1], high=32, low=4, c=TILE[1])[:rows, : columns // BLOCK]
-    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1).long()
-    numbers = torch.tensor([*E2M1, *(-number for number in E2M1)])[codes]
+    by_code = torch.tensor([*E2M1, *(-number for number in E2M1)])
+    numbers = torch.cartesian_prod(by_code, by_code)[packed.int()].flatten(1)  # two a byte
     return (rearrange(numbers, "r (b k) -> r b k", k=BLOCK) * (scales * scale.float())[:, :, None]).flatten(1)

@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from PIL import Image
-from small_pipelines import flux, randomize, sd3
+from small_pipelines import flux, photo, randomize, sd3
 
 import weights
 from examples.diffusers_repulsion import repelling
@@ -34,11 +32,6 @@ def flux2(kind, **config):
 def embeds(*prompts):
     """What stands for the context of the prompts: (prompts, 5, 24)."""
     return torch.stack([torch.randn(5, 24, generator=torch.Generator().manual_seed(sum(map(ord, p)))) for p in prompts])
-
-
-def gradient_picture(width, height):
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
 
 
 def recorded(pipe, **call):
@@ -82,11 +75,11 @@ CASES = {
     "FLUX.2-klein-base, references": (
         lambda: flux2(diffusers.Flux2KleinPipeline),
         {"prompt_embeds": embeds("a", "b"), "negative_prompt_embeds": embeds("", ""),
-         "image": [gradient_picture(96, 64), gradient_picture(64, 80)]}, 2, [(4, 6), (5, 4)]),
+         "image": [photo(96, 64), photo(64, 80)]}, 2, [(4, 6), (5, 4)]),
     "FLUX.2-dev": (lambda: flux2(diffusers.Flux2Pipeline),
                    {"prompt_embeds": embeds("a", "b"), "guidance_scale": 3.0}, 1, []),
     "FLUX.2-dev, a reference": (lambda: flux2(diffusers.Flux2Pipeline),
-                                {"prompt_embeds": embeds("a", "b"), "image": gradient_picture(96, 64)}, 1, [(4, 6)]),
+                                {"prompt_embeds": embeds("a", "b"), "image": photo(96, 64)}, 1, [(4, 6)]),
 }  # fmt: skip
 
 
@@ -120,7 +113,7 @@ def test_kontext_reads_its_reference_and_repels(tmp_path):
     pipe = flux(diffusers.FluxKontextPipeline, levels=5, blocks=1)
     pipe.transformer.save_pretrained(tmp_path)
     model = weights.load_transformer(tmp_path)
-    call = {"prompt": "a circle", "image": gradient_picture(64, 64), "height": 128, "width": 192, "max_area": 128 * 192,
+    call = {"prompt": "a circle", "image": photo(64, 64), "height": 128, "width": 192, "max_area": 128 * 192,
             "max_sequence_length": 24, "num_images_per_prompt": 2, "_auto_resize": False}
     with repelling(pipe, Repulsion(strength=1.0)):
         calls = recorded(pipe, **call)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+from PIL import Image
 
 import weights
 from sampler import Pipeline
@@ -95,6 +96,13 @@ def saved(theirs, folder):
             for name in ("spiece.model", "tokenizer_config.json"):
                 shutil.copy(TOKENIZERS / "tokenizer_3" / name, tokenizer)
     return theirs, Pipeline.load(folder)
+
+
+def photo(width, height):
+    """A picture with a gradient along each side and something fine on it."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    channels = torch.stack([255 * x / width, 255 * y / height, 128 + 100 * torch.sin(x * y / 50)], dim=-1)
+    return Image.frombytes("RGB", (width, height), bytes(channels.byte().flatten().tolist()))
 
 
 def pixels(pictures):

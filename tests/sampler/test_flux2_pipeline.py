@@ -10,8 +10,7 @@ from einops import repeat
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_flux2 import dev, klein
-from small_pipelines import assert_other_pictures, assert_same_pictures, flux, latents_of, saved
-from test_kontext import photo
+from small_pipelines import assert_other_pictures, assert_same_pictures, flux, latents_of, photo, saved
 
 from mmdit import MMDiT, MMDiTConfig, TextDecoder
 from repulsion import Repulsion

@@ -10,18 +10,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from einops import rearrange
 from PIL import Image
-from small_pipelines import assert_other_pictures, assert_same_pictures, flux, saved
+from small_pipelines import assert_other_pictures, assert_same_pictures, flux, photo, saved
 
 from repulsion import Repulsion
 from sampler import Pipeline, starting_noise
 from sampler.references import SIZES, TRAINED_AREA, kontext_size, read_references
-
-
-def photo(width, height):
-    """A picture with a gradient along each side and something fine on it."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    channels = torch.stack([255 * x / width, 255 * y / height, 128 + 100 * torch.sin(x * y / 50)], dim=-1)
-    return Image.frombytes("RGB", (width, height), bytes(channels.byte().flatten().tolist()))
 
 
 def kontext_pixels(picture, area=TRAINED_AREA):

@@ -8,8 +8,7 @@ from itertools import product
 import pytest
 import torch
 from small_flux2 import klein
-from small_pipelines import saved
-from test_kontext import photo
+from small_pipelines import photo, saved
 from test_methods import same
 from test_pipeline import pixels
 
