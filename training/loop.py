@@ -1,4 +1,4 @@
-"""The training loop of all networks: progress, checkpoints, resuming, exponential moving average."""
+"""The training loop of all networks: data, progress, checkpoints, resuming, exponential moving average."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import trange
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 
 def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) -> list[torch.optim.Optimizer]:
@@ -37,19 +38,40 @@ def as_matrix(convolution: nn.Parameter) -> nn.Parameter:
     return matrix
 
 
-def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Tensor], steps: int, folder: Path, *,
-          lr: float, muon_lr: float | None = None, ema: float = 0.0, device: str = "cpu",
-          save_every: int = 250) -> None:
-    """Minimize `loss_at(step)` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
+class Batches(Dataset):
+    """The batches of the steps from `start` on, as `batch_at(step)` makes them."""
 
-    `loss_at` draws its data from the step's number alone, so an interrupted run resumes with identical results.
-    The learning rate warms up over 2 % of the steps and falls linearly to zero over the second half. `ema` is the
-    decay of the exponential moving average of the weights; 0 keeps the last weights.
+    def __init__(self, batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int):
+        self.batch_at, self.start, self.steps = batch_at, start, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __getitem__(self, index: int) -> list[Tensor] | Tensor:
+        return self.batch_at(self.start + index)
+
+
+def loaded(batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int, device: str) -> DataLoader:
+    """The same batches; for a GPU other processes make them meanwhile."""
+    workers = max(1, os.cpu_count() - 2) if device.startswith("cuda") else 0
+    return DataLoader(Batches(batch_at, start, steps), batch_size=None, num_workers=workers, pin_memory=workers > 0)
+
+
+def train(name: str, modules: dict[str, nn.Module], batch_at: Callable[[int], list[Tensor]],
+          loss_of: Callable[..., Tensor], steps: int, folder: Path, *, lr: float, muon_lr: float | None = None,
+          ema: float = 0.0, device: str = "cpu", save_every: int = 250) -> None:
+    """Minimize `loss_of(*batch_at(step))` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
+
+    `batch_at` makes the data of a step on the CPU from its number alone, so an interrupted run resumes with identical
+    results; `loss_of` is given it on the device. The learning rate warms up over 2 % of the steps and falls linearly to
+    zero over the second half. `ema` is the decay of the exponential moving average of the weights; 0 keeps the last.
     """
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     file, opts = folder / f"{name}.pt", optimizers(modules, lr, muon_lr)
     base_rates = [o.param_groups[0]["lr"] for o in opts]
     together = nn.ModuleDict(modules)
-    average = {k: v.detach().clone() for k, v in together.state_dict().items()}
+    weights = together.state_dict()
+    average = {k: v.detach().clone() for k, v in weights.items()}
     start = 0
     if file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
@@ -58,13 +80,15 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
         for optimizer, state in zip(opts, saved["optimizers"], strict=False):
             optimizer.load_state_dict(state)
 
-    progress, running = trange(start, steps, initial=start, total=steps, desc=name, mininterval=5), None
-    for step in progress:
+    progress = tqdm(loaded(batch_at, start, steps, device), initial=start, total=steps, desc=name, mininterval=5)
+    running = None
+    for step, batch in enumerate(progress, start):
         torch.manual_seed(step)
+        batch = [part.to(device, non_blocking=True) for part in batch]
         rate = min(1.0, (step + 1) / (0.02 * steps), 2 * (steps - step) / steps)
         # On CPUs the fused attention's backward pass is slower than plain matrix products for so few tokens.
         with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext(), torch.autocast(device, torch.bfloat16):
-            loss = loss_at(step)
+            loss = loss_of(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(together.parameters(), 1.0)
         for optimizer, base in zip(opts, base_rates, strict=True):
@@ -72,14 +96,13 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
             optimizer.step()
         together.zero_grad(set_to_none=True)
         decay = min(ema, (step + 1) / (step + 10))
-        for key, value in together.state_dict().items():
-            average[key].lerp_(value, 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        torch._foreach_lerp_([*average.values()], [*weights.values()], 1 - decay)
+        running = loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
+        if step % 20 == 0:  # reading the loss waits for a GPU
+            progress.set_postfix(loss=f"{running.item():.4f}", refresh=False)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"step": step + 1, "model": together.state_dict(), "average": average,
-                     "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}
-            save_atomically(state, file)
+            save_atomically({"step": step + 1, "model": weights, "average": average,
+                             "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}, file)
     together.load_state_dict(average)
 
 
