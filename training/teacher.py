@@ -25,6 +25,13 @@ def sd3_condition(clips: Sequence[ClipTextEncoder], t5: T5Encoder, ids: Sequence
     return sd3_conditioning([clip(tokens) for clip, tokens in zip(clips, ids, strict=False)], t5(ids[2]))
 
 
+def trusting(encoder: ClipTextEncoder | T5Encoder) -> ClipTextEncoder | T5Encoder:
+    """The same text encoder, which no longer checks its token ids: that waits for a GPU, and these come from its own
+    tokenizer."""
+    encoder._check = lambda ids: None
+    return encoder
+
+
 class Teacher(nn.Module):
     """The networks of a checkpoint in SD3's layout, in float32, frozen."""
 
@@ -35,7 +42,7 @@ class Teacher(nn.Module):
         self.size = json.loads((folder / "sampling.json").read_text())["height"]  # of its pictures, which are square
         clip_l, clip_g, t5 = TOKENIZERS
         self.tokenizers = [ClipTokenizer(folder / clip_l), ClipTokenizer(folder / clip_g), T5Tokenizer(folder / t5)]
-        *clips, self.t5 = (load_text_encoder(folder / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        *clips, self.t5 = (trusting(load_text_encoder(folder / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))
         self.clips = nn.ModuleList(clips)
         self.transformer = load_transformer(folder, **where)
         self.autoencoder = load_autoencoder(folder / "vae", **where)
@@ -75,7 +82,7 @@ class FluxTextEncoders(nn.Module):
     def __init__(self, teacher: Teacher):
         super().__init__()
         clip, self.t5 = teacher.clips[0], teacher.t5
-        self.clip = ClipTextEncoder(replace(clip.config, projection_dim=None)).to(teacher.device)
+        self.clip = trusting(ClipTextEncoder(replace(clip.config, projection_dim=None)).to(teacher.device))
         self.clip.load_state_dict({k: v for k, v in clip.state_dict().items() if not k.startswith("projection")})
         self.requires_grad_(False).eval()
 

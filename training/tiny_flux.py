@@ -7,6 +7,7 @@ whose velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def student_of(teacher: MMDiT) -> MMDiT:
 
 
 def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: Data, latents: Tensor, folder: Path,
-            steps: int, batch: int, lr: float) -> None:
+            steps: int, batch: int, lr: float, minutes: float) -> None:
     """Train the student to predict the teacher's guided velocity from its own conditioning and the guidance scale.
 
     Each evaluation of the teacher, which costs more than the student's, serves two guidance scales. In half of the
@@ -57,7 +58,9 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
-    empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])[1]
+    context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
+    rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
+    student.rope = lambda *_: rope  # all examples have the same positions
 
     def batch_at(step: int) -> list[Tensor]:
         rows = pick(step)
@@ -75,7 +78,7 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
         return (error / guidance.flatten()).mean()  # the target grows with the guidance scale
 
     train("student", {"transformer": student}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
-          device=device)
+          device=device, minutes=minutes)
 
 
 def main() -> None:
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="continue from this tiny-flux (default: the teacher's blocks)")
     parser.add_argument("--steps", type=int, default=1660)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time")
     parser.add_argument("--batch", type=int, default=32, help="examples a step, each at two guidance scales")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
@@ -99,7 +103,7 @@ def main() -> None:
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
     distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
-            args.batch, args.lr)
+            args.batch, args.lr, args.minutes)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
                 SAMPLING | {"height": teacher.size, "width": teacher.size})

@@ -7,6 +7,7 @@ it is started again.
 """
 
 import argparse
+import math
 import random
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ from weights import load_autoencoder, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, SIZE, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
-from .teacher import TOKENIZERS, sd3_condition
+from .teacher import TOKENIZERS, sd3_condition, trusting
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
@@ -115,10 +116,10 @@ def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -
     end = tokenizers[0].end_token
     shared = {"vocab_size": end + 1, "num_heads": 4, "projection_dim": 16, "max_positions": LENGTH, "end_token": end}
     clips = [
-        ClipTextEncoder(ClipConfig(hidden_size=48, intermediate_size=192, num_layers=2, **shared)).to(device),
+        ClipTextEncoder(ClipConfig(hidden_size=48, intermediate_size=192, num_layers=2, **shared)),
         ClipTextEncoder(ClipConfig(hidden_size=64, intermediate_size=256, num_layers=3, activation="gelu", **shared)),
     ]
-    clips[1].to(device)
+    clips = [trusting(clip.to(device)) for clip in clips]
     tower = ImageTower([16, 16]).to(device)
     pick = batches(len(data.scenes), 128, data.seed + 1)
 
@@ -147,11 +148,11 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
     t5 = T5Encoder(T5Config(vocab_size=t5_vocabulary, hidden_size=TRANSFORMER.context_dim, head_dim=32,
                             intermediate_size=256, num_layers=2, num_heads=4))
     nn.init.normal_(t5.token_embedding.weight)
-    return t5, start_at_zero(MMDiT(TRANSFORMER))
+    return trusting(t5), start_at_zero(MMDiT(TRANSFORMER))
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, batch: int, lr: float, device: str, compiled: bool) -> None:
+                      steps: int, batch: int, lr: float, device: str, compiled: bool, minutes: float) -> None:
     """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
     One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
@@ -174,7 +175,8 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
         return F.mse_loss(forward(noisy, sigma, context, pooled).float(), velocity)
 
     parts = {"t5": t5, "transformer": model}
-    train("transformer", parts, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
+    train("transformer", parts, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device,
+          minutes=minutes)
     t5.eval(), model.eval()
 
 
@@ -190,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; runs can resume")
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end its training after this time")
     parser.add_argument("--batch", type=int, default=64, help="its examples a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
@@ -217,7 +220,7 @@ def main() -> None:
     if args.start:
         where = {"dtype": torch.float32, "device": args.device}
         autoencoder = load_autoencoder(args.start / "vae", **where)
-        *clips, t5 = (load_text_encoder(args.start / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        *clips, t5 = (trusting(load_text_encoder(args.start / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))
         clips = [clip.requires_grad_(False) for clip in clips]
         transformer = load_transformer(args.start, **where)
     else:
@@ -230,7 +233,7 @@ def main() -> None:
                           decoder_only=True)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.batch,
-                      args.lr, args.device, args.compile)
+                      args.lr, args.device, args.compile, args.minutes)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
