@@ -27,8 +27,7 @@ def measure(pipeline: Pipeline, prompts: list[str], guidance: float, steps: int 
         pixels = to_pixels(pictures)
         scenes = read(pixels)
         kept = [adherence(parse(prompt), scene) for scene in scenes]
-        wrong = [1e4 * count / pixels[0, 0].numel() for count in wrong_pixels(pixels)]
-        rows.append([mean(kept), mean([k == 1 for k in kept]), mean(wrong),
+        rows.append([mean(kept), mean([k == 1 for k in kept]), mean(wrong_pixels(pixels)),
                      vendi_score(attribute_vectors(scenes)).item()])
         painted += pictures
     return [mean(column) for column in zip(*rows, strict=True)], painted
