@@ -28,26 +28,26 @@ def save(figure: pyplot.Figure, folder: Path, name: str) -> None:
 
 def colors_of(results: Results, model: str) -> dict[str, str]:
     """Contextual repulsion and its two closest rivals; all others are grey."""
-    closest = [method for method in results.ranked(model) if method != OURS][:2]
-    return {OURS: RED, **dict(zip(closest, (BLUE, GREEN), strict=False))}
+    ranked = results.ranked(model)
+    closest = [method for method in ranked if method != OURS][:2]
+    return {**({OURS: RED} if OURS in ranked else {}), **dict(zip(closest, (BLUE, GREEN), strict=False))}
 
 
 def verdict_figure(results: Results, models: list[str], folder: Path) -> None:
     """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen."""
-    figure, panels = pyplot.subplots(1, len(models), figsize=(5.6 * len(models), 5.6), layout="constrained",
-                                     squeeze=False, sharey=True)
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5.6 * len(models), 6), layout="constrained",
+                                     squeeze=False, sharex=True, sharey=True)
     for model, panel in zip(models, panels[0], strict=True):
         colors = colors_of(results, model)
         for method, found in results.verdict(model).items():
             draw_method(panel, list({str(r.setting): r for r in found.values() if r}.values()), colors.get(method))
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
+        panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=(None, SHOWN))
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
         lines += [panel.plot([], [], "o-", color=GREY, label="others")[0]]
         lines += panel.plot([], [], "o", color="black", markersize=9, label="base")
-        panel.legend(handles=lines, loc="upper left", fontsize=13, handlelength=1.2, borderaxespad=0)
-        panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=(-2, SHOWN))
-    low, high = panels[0][0].get_ylim()
-    panels[0][0].set(ylabel="Vendi score × base", ylim=(low, high + 0.4 * (high - low)))  # room for the legends
+        panel.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, handlelength=1.2)
+    panels[0][0].set_ylabel("Vendi score × base")
     save(figure, folder, "verdict")
 
 

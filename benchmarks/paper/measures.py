@@ -114,8 +114,13 @@ def vectors_of(row: dict) -> Tensor:
 
 
 def vendi_of_pairs(scenes: Sequence[Scene]) -> float:
-    """Mean Vendi score of the attributes over all pairs, 1 to 2: it can be compared between batches of any size."""
-    return mean([vendi_score(attribute_vectors(pair)).item() for pair in combinations(scenes, 2)])
+    """Mean Vendi score of the attributes over all pairs, 1 to 2: it can be compared between batches of any size.
+
+    Two pictures that share so much of their attributes have the eigenvalues (1 ± shared) / 2.
+    """
+    shared = torch.stack([torch.dot(*attribute_vectors(pair)) for pair in combinations(scenes, 2)])
+    low, high = (1 - shared) / 2, (1 + shared) / 2
+    return (torch.special.entr(low) + torch.special.entr(high)).exp().mean().item()
 
 
 def values_reached(prompt: str, scenes: Sequence[Scene]) -> float:

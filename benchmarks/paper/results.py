@@ -3,7 +3,7 @@
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,13 +17,12 @@ from tiny.world import render, sample_scene
 from ..prompts import CHOICE
 from .embedding import Embedding
 from .measures import Interval, interval, kernel_distance, mean, to_scene, values_reached, vectors_of
-from .plan import FULL, GROUP, ablations, but, pipeline_of, settings
+from .plan import FULL, GROUP, ablations, pipeline_of, settings
 
 ALLOWED = 1, 2, 3  # points of adherence that a chosen setting may lose
 MIDDLE = 2  # of these, the one that methods are ranked at
 OURS = "contextual repulsion"
-RENDERS = 64  # for each prompt, what KID compares with
-MEASURES = "vendi", "vendi_embedding", "adherence", "wrong_pixels"
+RENDERS = 32  # for each prompt, what KID compares with
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Results:
 
     def __init__(self, rows: Iterable[dict]):
         self.rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+        self.known: dict[tuple, Result | None] = {}
         for row in rows:
             of = "choice" if row["prompt"] in CHOICE else "full" if row["prompt"] in FULL else "open"
             self.rows[row["model"], json.dumps(row["setting"]), row["images"], of][row["prompt"], row["seed"]] = row
@@ -107,33 +107,26 @@ class Results:
         found = {method: one[points] for method, one in self.verdict(model).items() if one.get(points)}
         return dict(sorted(found.items(), key=lambda item: -item[1].gain[0]))
 
-    def result(self, model: str, setting: dict, only: set[tuple] | None = None,
-               base: dict | None = None) -> Result | None:
-        """What a setting came to against the base, or against another setting `base`, on the groups that both have.
+    def pairs(self, model: str, setting: dict, base: dict, only: set[tuple] | None = None) -> dict[str, list[tuple]]:
+        """Prompt → (row, row of the base) of each group that both settings have; `only`: of these groups."""
+        mine, other, found = self.groups(model, setting), self.groups(model, base), defaultdict(list)
+        for prompt, seed in sorted(set(mine) & set(other)):
+            if only is None or (prompt, seed) in only:
+                found[prompt].append((mine[prompt, seed], other[prompt, seed]))
+        return found
 
-        None where there are none; `only`: on these groups.
-        """
-        mine, other = self.groups(model, setting), self.groups(model, base or {})
-        both = [key for key in mine if key in other and (only is None or key in only)]
-        if not both:
-            return None
-        pairs = defaultdict(list)
-        for key in both:
-            pairs[key[0]].append([[row[name] for name in MEASURES] for row in (mine[key], other[key])])
-        by_prompt = [torch.tensor(groups, dtype=torch.float64).flatten(1) for groups in pairs.values()]  # (n, 8)
-        shown = {prompt: [to_scene(text) for key in both if key[0] == prompt for text in mine[key]["scenes"]]
-                 for prompt in pairs}
-        size = pipeline_of(model).defaults.height
-        return Result(
-            setting,
-            interval(by_prompt, lambda m: m[..., 0] / m[..., 4]),
-            interval(by_prompt, lambda m: m[..., 1] / m[..., 5]),
-            interval(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 6])),
-            interval(by_prompt, lambda m: m[..., 3] - m[..., 7]),
-            mean([values_reached(prompt, scenes) for prompt, scenes in shown.items()]),
-            kernel_distance(torch.cat([vectors_of(mine[key]) for key in both]), renders(tuple(sorted(pairs)), size)),
-            len(both),
-        )  # fmt: skip
+    def ahead(self, model: str, setting: dict, other: dict) -> Interval:
+        """The Vendi score of a setting over that of another, on the groups that both have."""
+        pairs = self.pairs(model, setting, other).values()
+        return interval([columns_of(groups, ["vendi"]) for groups in pairs], lambda m: m[..., 0] / m[..., 1])
+
+    def result(self, model: str, setting: dict, only: set[tuple] | None = None) -> Result | None:
+        """What a setting came to, on the groups that the base has as well; None for none. `only`: on these groups."""
+        which = model, json.dumps(setting), only and frozenset(only)
+        if which not in self.known:
+            size = pipeline_of(model).defaults.height
+            self.known[which] = compare(setting, self.pairs(model, setting, {}, only), size)
+        return self.known[which]
 
     def ablation(self, model: str, name: str) -> dict[str, Result]:
         """Row → what it came to, all on the groups that every painted row has; empty where only one was painted."""
@@ -142,20 +135,40 @@ class Results:
         found = {row: self.result(model, setting, common) for row, setting in rows.items()}
         return {row: result for row, result in found.items() if result} if len(found) > 1 else {}
 
-    def shipped(self, model: str) -> Result | None:
-        """What repulsion comes to as the checkpoint ships it."""
-        return self.result(model, but(model))
+
+def columns_of(groups: list[tuple[dict, dict]], names: Sequence[str]) -> Tensor:
+    """The measures of a prompt's groups, then those of their bases: (n, 2 · names)."""
+    numbers = [[row[name] for row in pair for name in names] for pair in groups]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def compare(setting: dict, pairs: dict[str, list[tuple[dict, dict]]], size: int) -> Result | None:
+    """The numbers of `Results.pairs`, of pictures with sides of `size` pixels."""
+    if not pairs:
+        return None
+    by_prompt = [columns_of(groups, ("vendi", "vendi_embedding", "adherence", "wrong_pixels"))
+                 for groups in pairs.values()]  # (n, 8)
+    reached = [values_reached(prompt, [to_scene(text) for row, _ in groups for text in row["scenes"]])
+               for prompt, groups in pairs.items()]
+    vectors = torch.cat([vectors_of(row) for groups in pairs.values() for row, _ in groups])
+    return Result(
+        setting,
+        interval(by_prompt, lambda m: m[..., 0] / m[..., 4]),
+        interval(by_prompt, lambda m: m[..., 1] / m[..., 5]),
+        interval(by_prompt, lambda m: 100 * (m[..., 2] - m[..., 6])),
+        interval(by_prompt, lambda m: m[..., 3] - m[..., 7]),
+        mean(reached),
+        kernel_distance(vectors, torch.cat([renders(prompt, size) for prompt in pairs])),
+        len(vectors) // GROUP,
+    )  # fmt: skip
 
 
 @cache
-def renders(prompts: tuple[str, ...], size: int) -> Tensor:
-    """Embeddings of pictures that show what the prompts ask and are otherwise as the world makes them."""
-    rng, embedding, found = random.Random("renders"), Embedding.load(), []
-    for prompt in prompts:
-        asked, scenes = parse(prompt), []
-        while len(scenes) < RENDERS:
-            scene = sample_scene(rng)
-            if adherence(asked, scene) == 1:
-                scenes.append(scene)
-        found.append(embedding(render(scenes, size=size)).double())
-    return torch.cat(found)
+def renders(prompt: str, size: int) -> Tensor:
+    """Embeddings of pictures that show what a prompt asks and are otherwise as the world makes them."""
+    rng, asked, scenes = random.Random(f"renders of {prompt}"), parse(prompt), []
+    while len(scenes) < RENDERS:
+        scene = sample_scene(rng)
+        if len(scene.things) == len(asked.things) and adherence(asked, scene) == 1:
+            scenes.append(scene)
+    return Embedding.load()(render(scenes, size=size)).double()

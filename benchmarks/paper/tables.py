@@ -83,10 +83,10 @@ def verdict_table(results: Results, model: str, costs: list[dict]) -> str:
     """Each method as it was chosen for MIDDLE points, the largest gain first; and contextual repulsion over it."""
     ranked, lines = results.ranked(model), []
     for method, result in ranked.items():
-        ahead = results.result(model, ranked[OURS].setting, base=result.setting) if OURS in ranked else None
         times = [row["ratio"] for row in costs if (row["model"], row["setting"]) == (model, result.setting)]
         lines.append([method, short(result.setting), *cells(result),
-                      within(ahead.gain, ".2f") if ahead and method != OURS else "–",
+                      within(results.ahead(model, ranked[OURS].setting, result.setting), ".2f")
+                      if OURS in ranked and method != OURS else "–",
                       f"{times[0]:.2f}" if times else "–", f"{result.groups}"])
     head = ["method", "setting", *HEAD, "Vendi of contextual over it", "time × base", "groups"]
     missing = [f"{method} ({min(lost for _, _, lost in results.tried(model, method)):.1f} points)"
