@@ -37,7 +37,7 @@ def main() -> int:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     folder = args.out or (RESULTS if args.size == "full" else Path(f"outputs/paper-{args.size}"))
     groups, cost = folder / "groups.jsonl", folder / "costs.json"
-    if old := stale(finished(groups)):
+    if old := stale(row for row in finished(groups) if row["model"] in args.models):
         print(f"error: {groups} was painted with other weights or defaults of {', '.join(old)} than are bundled now: "
               "move it away, or give another --out", file=sys.stderr)
         return 2

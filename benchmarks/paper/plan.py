@@ -71,6 +71,11 @@ class Job:
     def row(self) -> dict:
         return {**asdict(self), "setting": json.loads(self.setting)}
 
+    @classmethod
+    def of(cls, row: dict) -> "Job":
+        """The job that a row of results is of."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__} | {"setting": json.dumps(row["setting"])})
+
 
 @cache
 def pipeline_of(model: str, device: str = "cpu") -> Pipeline:

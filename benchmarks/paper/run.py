@@ -4,7 +4,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -48,14 +48,9 @@ def checksum(model: str) -> str:
     return found.hexdigest()[:12]
 
 
-def stale(rows: list[dict]) -> list[str]:
+def stale(rows: Iterable[dict]) -> list[str]:
     """The checkpoints that have changed since some of the rows were painted."""
     return sorted({row["model"] for row in rows if row["checkpoint"] != checksum(row["model"])})
-
-
-def job_of(row: dict) -> Job:
-    return Job(**{name: row[name] for name in Job.__dataclass_fields__ if name != "setting"},
-               setting=json.dumps(row["setting"]))
 
 
 class Painter:
@@ -67,7 +62,7 @@ class Painter:
     def __init__(self, file: Path, pool, device: str, until: float):
         self.file, self.pool, self.until = file, pool, until
         self.paint, self.rows = partial(paint, device=device), finished(file)
-        self.done = {job_of(row).key for row in self.rows}
+        self.done = {Job.of(row).key for row in self.rows}
 
     def __call__(self, jobs: list[Job], label: str) -> bool:
         """Whether all are there: False where time.monotonic() has passed `until`."""
@@ -77,7 +72,7 @@ class Painter:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
                 self.rows.append(row)
-                self.done.add(job_of(row).key)
+                self.done.add(Job.of(row).key)
                 bar.update()
                 if time.monotonic() > self.until:
                     break

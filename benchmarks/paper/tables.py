@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .measures import Interval, interval, over_prompts, to_scene, vendi_of_pairs
-from .plan import BATCHES, KNOBS, REGIMES, ablations, but, settings, told_everything
+from .plan import BATCHES, KNOBS, REGIMES, SIZES, Job, ablations, but, settings, stages, told_everything
 from .results import ALLOWED, MIDDLE, OURS, Result, Results
 
 HEAD = ["Vendi × base", "adherence, points", "Vendi of embeddings × base", "wrong pixels", "KID", "coverage"]
@@ -150,23 +150,25 @@ def report(rows: list[dict], costs: list[dict]) -> str:
     """All tables, one after the other, as Markdown."""
     results = Results(rows)
     models = [model for model in REGIMES if results.groups(model, {})]
+    planned = {job.key for _, jobs in stages(models, SIZES["full"], results.finalists) for job in jobs}
+    painted = len(planned & {Job.of(row).key for row in rows})
     parts = ["# The paper in miniature: tables\n", "Made by `python -m benchmarks.paper` from its raw results.\n",
+             f"Painted so far: {painted:,} of {len(planned):,} groups of the full plan.\n",
              "## The effect at the shipped settings\n", effect_table(results, models)]
     for model in models:
         if results.verdict(model):
             parts += [f"## {model}: {REGIMES[model]}\n", "### Gain at equal adherence\n", equal_table(results, model),
                       f"### At {MIDDLE} points\n", verdict_table(results, model, costs)]
-    if len(models) > 1:
+    if len(models) > 1 and results.ablation(models[0], KNOBS[0]):
         parts += ["## One knob\n", knob_table(results, models)]
     for model in models:
-        parts.append(f"## {model}: ablations and choice\n")
         for name in ablations(model):
             if name not in KNOBS and results.ablation(model, name):
-                parts += [f"### {name}\n", ablation_table(results, model, name)]
+                parts += [f"## {model}: {name}\n", ablation_table(results, model, name)]
         if results.groups(model, {}, max(BATCHES)):
-            parts += ["### pictures in a batch\n", batch_table(results, model)]
+            parts += [f"## {model}: pictures in a batch\n", batch_table(results, model)]
         if results.verdict(model):
-            parts += ["### what was tried on the prompts to choose on\n", choice_table(results, model)]
+            parts += [f"## {model}: what was tried on the prompts to choose on\n", choice_table(results, model)]
     if any(results.groups(model, {}, of="full") for model in models):
         parts += ["## Full prompts\n", full_table(results, models)]
     return "\n".join(parts)

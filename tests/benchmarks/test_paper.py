@@ -6,21 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
-from itertools import product
+from dataclasses import asdict, replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
 from scenes import scenes_of
 
-from benchmarks.paper import measures, plan, tables
+from benchmarks.paper import measures, plan
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.embedding import Embedding
 from benchmarks.paper.places import PLACES
-from benchmarks.paper.run import finished, paint, pictures, run
-from repulsion import Repulsion
+from benchmarks.paper.run import finished, paint, painter, pictures
+from benchmarks.prompts import CHOICE, OPEN
+from repulsion import vendi_score
 from sampler import Pipeline
+from tiny.reader import attribute_vectors
 from tiny.world import Scene, Thing, render
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +39,19 @@ def test_wrong_pixels_are_those_that_were_spoiled():
     # is not, too small to pass for a thing (the reader's least is 25 pixels), counts pixel by pixel.
     pictures = render(scenes_of(100, seed=2), seed=3)
     fresh = torch.tensor(measures.wrong_pixels(pictures)).double()
-    assert fresh.median() == 0 and fresh.mean() < 2
+    assert fresh.median() == 0 and fresh.mean() < 5
     plain = render([Scene((Thing("circle", "red", "medium"),), *NAVY)] * 3)
     for i, side in enumerate((2, 3, 4)):
         plain[i, :, 4 : 4 + side, 4 : 4 + side] = 1
-    assert measures.wrong_pixels(plain) == [4, 9, 16]
+    assert measures.wrong_pixels(plain) == pytest.approx([1e4 * count / 64**2 for count in (4, 9, 16)])
+
+
+def test_wrong_pixels_are_a_share_of_the_picture_at_any_size():
+    for size in (64, 128):
+        plain = render([Scene((Thing("circle", "red", "medium"),), *NAVY)], size=size)
+        side = size // 16  # a quarter of a sixteenth: 1 of 256 pixels
+        plain[0, :, side : 2 * side, side : 2 * side] = 1
+        assert measures.wrong_pixels(plain) == pytest.approx([1e4 / 256])
 
 
 def test_a_torn_thing_counts_about_what_it_lacks():
@@ -49,7 +59,7 @@ def test_a_torn_thing_counts_about_what_it_lacks():
     torn = whole.clone()
     torn[:, :, 32:, 32:] = whole[:, :, :1, :1]  # a quarter of 30 x 30 pixels gone
     (found,) = measures.wrong_pixels(torn)
-    assert measures.wrong_pixels(whole) == [0] and 0.5 * 225 < found < 2 * 225
+    assert measures.wrong_pixels(whole) == [0] and 0.5 * 225 < found * 64**2 / 1e4 < 2 * 225
 
 
 def test_coverage_counts_what_the_prompt_leaves_open():
@@ -71,6 +81,9 @@ def test_vendi_of_pairs_runs_from_one_to_two():
     high, low = 0.5 + 0.5 / 7, 0.5 - 0.5 / 7
     assert measures.vendi_of_pairs(strangers) == pytest.approx(math.exp(-high * math.log(high) - low * math.log(low)))
     assert measures.vendi_of_pairs([one, one, other]) < 2
+    many = scenes_of(6, seed=8)
+    each = [vendi_score(attribute_vectors(pair)).item() for pair in combinations(many, 2)]
+    assert measures.vendi_of_pairs(many) == pytest.approx(sum(each) / 15, rel=1e-9)
 
 
 def test_kid_is_the_unbiased_sum_over_pairs():
@@ -95,75 +108,141 @@ def test_kid_of_one_world_is_small_and_of_two_is_not():
     assert abs(same) < 0.1 and different > 10 * abs(same)
 
 
-def test_intervals_are_as_wide_as_the_normal_law_says():
-    torch.manual_seed(1)
-    values = torch.randn(400, 1, 1, dtype=torch.float64)  # prompts, groups, numbers
-    middle, low, high = measures.bootstrap(list(values), lambda m: m[..., 0])
-    assert middle == pytest.approx(values.mean().item())
-    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.1)  # 2,000 draws: 3 % a side
-    constant = [torch.full((3, 2), 5.0)] * 4
-    assert measures.bootstrap(constant, lambda m: m[..., 0] / m[..., 1]) == (1, 1, 1)
+def normal(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_interval_of_a_mean_is_that_of_a_stratified_sample():
+    by_prompt = [3 + i + (1 + i) * normal(n, 1, seed=i) for i, n in enumerate((2, 5, 9))]
+    value, low, high = measures.interval(by_prompt, lambda m: m[..., 0])
+    assert value == pytest.approx(sum(g.mean().item() for g in by_prompt) / 3)
+    variance = sum(g.var().item() / len(g) for g in by_prompt) / 3**2
+    assert high - value == pytest.approx(1.96 * variance**0.5) and value - low == pytest.approx(high - value)
+
+
+def test_the_interval_of_a_ratio_is_that_of_its_linearization():
+    # R = ΣA / ΣB varies as the mean of (a − R b) / mean B, to first order: Cochran, Sampling Techniques, ch. 6
+    by_prompt = [torch.tensor([2.0 + i, 2.0]) + 0.3 * normal(50, 2, seed=i) for i in range(20)]
+    value, low, high = measures.interval(by_prompt, lambda m: m[..., 0] / m[..., 1])
+    below = sum(g[:, 1].mean() for g in by_prompt) / 20
+    variance = sum(((g[:, 0] - value * g[:, 1]) / below).var() / 50 for g in by_prompt) / 20**2
+    assert high - low == pytest.approx(2 * 1.96 * variance.item() ** 0.5, rel=0.01)  # the second order: 1 / 50
+
+
+def test_the_interval_covers_the_truth_nineteen_times_of_twenty():
+    truth, hits = [1.0, 2.0, 4.0], 0
+    for trial in range(400):
+        groups = [t + normal(10, 1, seed=3 * trial + i) for i, t in enumerate(truth)]
+        _, low, high = measures.interval(groups, lambda m: m[..., 0])
+        hits += low <= sum(truth) / 3 <= high
+    assert 0.92 <= hits / 400 <= 0.98  # binomial: 0.95 ± 0.022, less a little for 30 numbers
+
+
+def test_with_one_group_a_prompt_the_interval_is_over_the_prompts():
+    values = normal(20, 1, 1)
+    value, _, high = measures.interval(list(values), lambda m: m[..., 0])
+    assert high - value == pytest.approx(1.96 * values.std().item() / 20**0.5)
+    several = [normal(4, 1, seed=i) for i in range(20)]
+    means = torch.stack([g.mean() for g in several])
+    value, _, high = measures.interval(measures.over_prompts(several), lambda m: m[..., 0])
+    assert high - value == pytest.approx(1.96 * means.std().item() / 20**0.5)
+    assert measures.interval([torch.full((3, 2), 5.0)] * 4, lambda m: m[..., 0] / m[..., 1]) == (1, 1, 1)
+    assert math.isnan(measures.interval([normal(1, 1)], lambda m: m[..., 0])[1])  # one number has no spread
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan
 
 
+def all_settings(model, method):
+    return plan.settings(model)[method]
+
+
+def planned(model, size="full", finalists=all_settings):
+    return list(plan.stages([model], plan.SIZES[size], finalists))
+
+
 @pytest.mark.parametrize("model", plan.REGIMES)
 def test_every_method_may_try_as_much_as_every_other(model):
-    for method, settings in plan.fronts(model).items():
+    for method, settings in plan.settings(model).items():
         assert len({json.dumps(s, sort_keys=True) for s in settings}) == len(settings) == plan.BUDGET, method
+    for size in plan.SIZES:
+        stages = dict(planned(model, size))
+        tried = {len({job.setting for job in jobs}) for label, jobs in stages.items() if label.endswith(": choice")}
+        assert tried == {plan.SIZES[size].settings}
+
+
+@pytest.mark.parametrize("model", plan.REGIMES)
+def test_nothing_is_reported_on_a_prompt_it_was_chosen_on(model):
+    assert not {*CHOICE} & {*OPEN, *plan.FULL}
+    for label, jobs in planned(model):
+        prompts = {job.prompt for job in jobs if (job.method, label) != ("base", "base and as shipped")}
+        assert prompts <= ({*CHOICE} if label.endswith(": choice") else {*OPEN, *plan.FULL}), label
+    stages = dict(planned(model))
+    both = [job.prompt for job in stages["base and as shipped"] if job.method == "base"]
+    assert {*both} == {*CHOICE, *OPEN}  # the base, which is not chosen, is compared with on either half
+    verdict = stages["contextual repulsion: verdict"]
+    assert len(verdict) == 200 * plan.BUDGET and len({job.key for job in verdict}) == len(verdict)
+
+
+def test_what_is_chosen_is_asked_for_when_the_settings_were_given_to_paint():
+    painted = []
+
+    def finalists(model, method):
+        assert f"{method}: choice" in painted
+        return []
+    for label, _ in plan.stages([*plan.REGIMES], plan.SIZES["full"], finalists):
+        painted.append(label)
+    assert painted[:2] == ["base and as shipped", "contextual repulsion: choice"] and painted[-1] == "batches"
 
 
 @pytest.mark.parametrize("size", plan.SIZES)
 @pytest.mark.parametrize("model", plan.REGIMES)
-def test_every_setting_is_a_call_and_no_group_is_planned_twice(model, size):
-    pipeline = Pipeline.load(model)
-    found = plan.jobs([model], plan.SIZES[size])
-    assert len({job.key for job in found}) == len(found)
+def test_every_setting_is_a_call(model, size):
+    found = [job for _, jobs in planned(model, size) for job in jobs]
     for setting in map(json.loads, {job.setting for job in found}):
-        call = plan.call_of(setting, pipeline)
+        call = plan.call_of(setting)
         assert call.keys() <= {"guidance", "repulsion", "method", "steps"} and bool(call) == bool(setting)
         assert setting.get("place", "image") in PLACES
 
 
-@pytest.mark.parametrize("model", plan.REGIMES)
-def test_the_full_plan_goes_on_from_the_small_one(model):
-    small, full = ({job.key for job in plan.jobs([model], plan.SIZES[size])} for size in ("small", "full"))
-    assert small < full
-
-
 def test_a_scale_takes_the_place_of_a_strength():
-    changed = plan.changed(Repulsion(strength=2.0, steps=3), {"scale": 5.0, "blocks": "first"})
-    assert changed == Repulsion(scale=5.0, steps=3, blocks="first")
-    assert plan.changed(changed, {"strength": 1.0}) == Repulsion(strength=1.0, steps=3, blocks="first")
+    own = Pipeline.load("tiny-sd3").defaults.repulsion
+    changed = plan.call_of(plan.but("tiny-sd3", scale=5.0, blocks="all"))["repulsion"]
+    assert changed == replace(own, scale=5.0, strength=None, blocks="all")
+    assert plan.call_of(plan.but("tiny-sd3"))["repulsion"] == own
 
 
 @pytest.mark.parametrize("model", plan.REGIMES)
 def test_an_ablation_changes_one_thing(model):
-    pipeline = Pipeline.load(model)
-    own = asdict(pipeline.defaults.repulsion)
+    own = asdict(Pipeline.load(model).defaults.repulsion)
     for name in plan.ablations(model).keys() - plan.KNOBS:
         rows = plan.ablations(model)[name].values()
-        changed = [{field for field, value in asdict(plan.call_of(row, pipeline)["repulsion"]).items()
+        changed = [{field for field, value in asdict(plan.call_of(row)["repulsion"]).items()
                     if value != own[field]} | ({"place"} & row.keys()) for row in rows]
         assert all(fields <= {"start", "steps"} if name == "steps" else len(fields) <= 1 for fields in changed), name
         assert len({json.dumps(row) for row in rows}) == len(rows) and sum(map(bool, changed)) >= len(rows) - 1
 
 
 def test_a_place_is_where_the_push_acts_and_nowhere_else_afterwards():
-    settings = [{}, {"repulsion": {}}, {"repulsion": {}, "place": "image"}, {"repulsion": {}}]
+    own = plan.but("tiny-turbo")
+    settings = [{}, own, {**own, "place": "image"}, own]
     groups = [[picture.tobytes() for picture in pictures("tiny-turbo", setting, "a circle", seed=0, images=2)]
               for setting in settings]
     assert groups[1] == groups[3] and len({str(group) for group in groups}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the run and its tables
+# the run
 
 
 def some_jobs(count=3):
     return [plan.Job("tiny-sd3", "base", '{"steps": 1}', "a circle", seed, images=2) for seed in range(count)]
+
+
+def paint_some(file, **limit):
+    with painter(file, workers=1, **limit) as paint_them:
+        return paint_them(some_jobs(), "test")
 
 
 def without_time(row):
@@ -173,7 +252,8 @@ def without_time(row):
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory):
     file = tmp_path_factory.mktemp("paper") / "groups.jsonl"
-    run(some_jobs(), file, workers=1, label="test")
+    assert not paint_some(file, minutes=1e-6)  # the time is up after the first
+    assert len(finished(file)) == 1 and paint_some(file)
     return file
 
 
@@ -182,13 +262,21 @@ def test_a_stopped_run_goes_on_and_paints_no_group_twice(painted, tmp_path):
     first, second, third = whole.splitlines(keepends=True)
     file = tmp_path / "groups.jsonl"
     file.write_text(first + third[:40])  # stopped in the middle of a line
-    run(some_jobs(), file, workers=1, label="test")
+    assert paint_some(file)
     assert file.read_text().startswith(first)  # its time as well: it was not painted again
     assert len(finished(file)) == 3
     assert sorted(map(str, map(without_time, finished(file)))) == sorted(map(str, map(without_time, finished(painted))))
     before = file.read_text()
-    run(some_jobs(), file, workers=1, label="test")
-    assert file.read_text() == before
+    assert paint_some(file) and file.read_text() == before
+
+
+def test_groups_of_another_checkpoint_are_refused(painted, tmp_path, capsys, monkeypatch):
+    rows = [{**row, "checkpoint": "0" * 12} if row["seed"] == 1 else row for row in finished(painted)]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["paper", "--quick", "--models", "tiny-sd3", "--out", str(tmp_path)])
+    before = (tmp_path / "groups.jsonl").read_text()
+    assert main() == 2 and (tmp_path / "groups.jsonl").read_text() == before
+    assert "was painted with other weights or defaults of tiny-sd3" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -224,62 +312,3 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["paper", "--report", "--models", "tiny-sd3", "--out", str(tmp_path)])
     assert main() == 2
     assert "groups.jsonl holds no group of tiny-sd3: run without --report" in capsys.readouterr().err
-
-
-def result(gain, adherence=0.0, wrong=0.0):
-    def exact(value):
-        return value, value, value
-    return tables.Result({}, exact(gain), exact(1.0), exact(adherence), exact(wrong), 0.5, 1.0, 20)
-
-
-@pytest.mark.parametrize("price", ["adherence", "wrong_pixels"])
-def test_the_front_is_what_nothing_beats(price):
-    torch.manual_seed(2)
-    found = [result(g, -a, w) for g, a, w in torch.rand(60, 3).tolist()]
-
-    def paid(r):
-        return -r.adherence[0] if price == "adherence" else r.wrong_pixels[0]
-    unbeaten = [r for r in found if not any(o.gain[0] > r.gain[0] and paid(o) < paid(r) for o in found)]
-    assert tables.front(found, price) == sorted(unbeaten, key=lambda r: r.gain[0])
-
-
-def test_the_best_is_the_largest_gain_that_keeps_the_prompt_or_what_loses_least_of_it():
-    low, high, dear, dearer = result(1.4, 1.0), result(1.5, -2.9), result(3.0, -3.1), result(3.5, -4.0)
-    assert tables.best([low, high, dear, dearer]) is tables.best_within([low, high, dear, dearer]) is high
-    assert tables.best([dearer, dear]) is dear and tables.best_within([dearer, dear]) is None
-
-
-def row(setting, prompt, seed, vendi, adherence, model="m"):
-    group = {"vendi": vendi, "vendi_embedding": vendi, "adherence": adherence, "wrong_pixels": 10.0 * vendi}
-    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed)).half().numpy().tobytes()
-    text = [measures.to_text(scene) for scene in scenes_of(2, seed)]
-    return {"model": model, "setting": setting, "images": 4, "prompt": prompt, "seed": seed, **group, "scenes": text,
-            "embedding": measures.base64.b64encode(vectors).decode(), "milliseconds": 1000.0 * vendi}
-
-
-def test_a_result_compares_the_same_prompts_and_seeds():
-    rows = [row({}, "a circle", 0, 1.0, 1.0), row({}, "a circle", 1, 2.0, 1.0), row({}, "a star", 0, 1.0, 0.5),
-            row({"guidance": 2}, "a circle", 0, 3.0, 0.75), row({"guidance": 2}, "a star", 0, 2.0, 0.5),
-            row({"guidance": 2}, "a ring", 0, 9.0, 0.5)]  # no base to compare with
-    found = tables.Results(rows).result("m", {"guidance": 2})
-    assert found.gain[0] == pytest.approx(2.5) and found.adherence[0] == pytest.approx(-12.5)
-    assert found.wrong_pixels[0] == pytest.approx(15) and found.groups == 2
-    assert tables.Results(rows).result("m", {"guidance": 3}) is None
-
-
-def test_rows_of_a_table_are_compared_on_the_groups_that_all_have():
-    both, one = {"guidance": 2}, {"guidance": 3}
-    rows = [row({}, prompt, 0, 1.0, 1.0) for prompt in ("a circle", "a star")]
-    rows += [row(both, "a circle", 0, 2.0, 1.0), row(both, "a star", 0, 4.0, 1.0), row(one, "a star", 0, 3.0, 1.0)]
-    found = tables.Results(rows).compared("m", {"both": both, "one": one, "never painted": {"guidance": 4}})
-    assert {name: (r.gain[0], r.groups) for name, r in found.items()} == {"both": (4, 1), "one": (3, 1)}
-
-
-def test_the_effect_is_stated_for_base_and_repelled():
-    rows = [row(setting, prompt, seed, vendi, kept)
-            for setting, vendi, kept in zip(plan.SHIPPED, (2.0, 3.0), (1.0, 0.98), strict=True)
-            for prompt in ("a circle", "a star") for seed in (0, 1)]
-    _, _, base, repelled = tables.effect_table(tables.Results(rows), ["m"]).splitlines()
-    assert base.split(" | ")[1:4] == ["2.00 (2.00 … 2.00)", "–", "100.0% (100.0% … 100.0%)"]
-    assert repelled.split(" | ")[1:3] == ["3.00 (3.00 … 3.00)", "1.50 (1.50 … 1.50)"]
-    assert repelled.split(" | ")[4:] == ["-2.0 (-2.0 … -2.0)", "30 (30 … 30)", "+10 (+10 … +10)", "4 |"]
