@@ -1,29 +1,22 @@
-"""Figures of the results: the verdict and the ablations, as PNG and SVG; and sheets of every method's pictures."""
+"""Figures of the results: the verdict and the ablations, as PNG and SVG; and sheets of pictures."""
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib import pyplot
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..sheets import sheet
 from .plan import REGIMES
-from .results import MIDDLE, OURS, Result, Results
+from .results import OURS, Result, Results
 from .run import pictures
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 15, "axes.spines.top": False,
-                            "axes.spines.right": False, "legend.frameon": False})
+STYLE = {"svg.hashsalt": "figures", "font.size": 15, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False}
 RED, BLUE, GREEN, GREY = "#c1121f", "#1f6fb4", "#2f8f4e", "#bbbbbb"
 SHOWN = 6  # points of lost adherence at which a panel ends
 DRAWN = "blocks", "place", "objective"  # of the ablations
 GRID_PROMPTS = ["a circle", "a star above a ring"]
-
-
-def save(figure: pyplot.Figure, folder: Path, name: str) -> None:
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def colors_of(results: Results, model: str) -> dict[str, str]:
@@ -33,11 +26,12 @@ def colors_of(results: Results, model: str) -> dict[str, str]:
     return {**({OURS: RED} if OURS in ranked else {}), **dict(zip(closest, (BLUE, GREEN), strict=False))}
 
 
-def verdict_figure(results: Results, models: list[str], folder: Path) -> None:
+@rc_context(STYLE)
+def verdict_figure(results: Results, models: list[str]) -> Figure:
     """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen."""
-    figure, panels = pyplot.subplots(1, len(models), figsize=(5.6 * len(models), 6), layout="constrained",
-                                     squeeze=False, sharex=True, sharey=True)
-    for model, panel in zip(models, panels[0], strict=True):
+    figure = Figure(figsize=(5.6 * len(models), 6), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
+    for model, panel in zip(models, panels, strict=True):
         colors = colors_of(results, model)
         for method, found in results.verdict(model).items():
             draw_method(panel, list({str(r.setting): r for r in found.values() if r}.values()), colors.get(method))
@@ -47,8 +41,8 @@ def verdict_figure(results: Results, models: list[str], folder: Path) -> None:
         lines += [panel.plot([], [], "o-", color=GREY, label="others")[0]]
         lines += panel.plot([], [], "o", color="black", markersize=9, label="base")
         panel.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, handlelength=1.2)
-    panels[0][0].set_ylabel("Vendi score × base")
-    save(figure, folder, "verdict")
+    panels[0].set_ylabel("Vendi score × base")
+    return figure
 
 
 def draw_method(panel: Axes, found: list[Result], color: str | None) -> None:
@@ -63,13 +57,11 @@ def draw_method(panel: Axes, found: list[Result], color: str | None) -> None:
         panel.errorbar(x, y, [[y - bottom], [top - y]], [[x - low], [high - x]], color=color, alpha=0.45, lw=1.5)
 
 
-def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
+@rc_context(STYLE)
+def ablations_figure(results: Results, models: list[str], names: list[str]) -> Figure:
     """One row of panels a checkpoint, one panel an ablation: gain as bars, change of adherence written on them."""
-    names = [name for name in DRAWN if any(results.ablation(model, name) for model in models)]
-    if not names:
-        return
-    figure, panels = pyplot.subplots(len(models), len(names), figsize=(5.6 * len(names), 4.2 * len(models)),
-                                     layout="constrained", squeeze=False, sharey=True)
+    figure = Figure(figsize=(5.6 * len(names), 4.2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(names), squeeze=False, sharey=True)
     for model, line in zip(models, panels, strict=True):
         for name, panel in zip(names, line, strict=True):
             found = results.ablation(model, name)
@@ -84,23 +76,28 @@ def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
             panel.margins(y=0.15)
         line[0].set_ylabel("Vendi score × base")
     figure.suptitle("Contextual repulsion as shipped but for one thing; above each bar the change of adherence, points")
-    save(figure, folder, "ablations")
+    return figure
 
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
-    """What the base and every method paint from the same seeds, at the setting of the table."""
-    ways = {"base": {}, **{method: result.setting for method, result in results.ranked(model, MIDDLE).items()}}
+    """What the base, contextual repulsion and its closest rivals paint from the same seeds, as the table has them."""
+    ranked = results.ranked(model)
+    ways = {"base": {}, **{method: ranked[method].setting for method in colors_of(results, model)}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")
 
 
+@rc_context(STYLE)
 def all_figures(results: Results, models: list[str], folder: Path) -> None:
     """Every figure that the results are enough for."""
     folder.mkdir(parents=True, exist_ok=True)
     judged = [model for model in models if results.verdict(model)]
-    if judged:
-        verdict_figure(results, judged, folder)
-    ablations_figure(results, models, folder)
+    ablated = [name for name in DRAWN if any(results.ablation(model, name) for model in models)]
+    figures = {**({"verdict": verdict_figure(results, judged)} if judged else {}),
+               **({"ablations": ablations_figure(results, models, ablated)} if ablated else {})}
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     for model in judged:
         grid_figure(results, model, folder)

@@ -28,7 +28,6 @@ from tiny.world import (
     signed_distance,
 )
 
-from ..interpolate import blur
 from .embedding import WIDTH, Embedding
 
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
@@ -42,19 +41,20 @@ def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> d
     adherence: share of the prompted attributes that are present, 0 to 1
     unreadable: share of a picture's attributes that the reader cannot tell, 0 to 1
     wrong_pixels: of 10,000, how many differ clearly from the closest picture that the world's renderer can draw
-    blur: see `benchmarks.interpolate.blur`, levels of 255
     scenes, embedding: what each picture shows, and where it lies
     """
     pixels = to_pixels(pictures)
     scenes, vectors = read(pixels), embedding(pixels)
     asked = parse(prompt)
-    return {
+    numbers = {
         "vendi": vendi_score(attribute_vectors(scenes)).item(),
         "vendi_embedding": vendi_score(vectors).item(),
         "adherence": mean([adherence(asked, scene) for scene in scenes]),
         "unreadable": mean([unreadable(scene) for scene in scenes]),
         "wrong_pixels": mean(wrong_pixels(pixels)),
-        "blur": mean(blur(pictures)),
+    }
+    return {
+        **{name: round(number, 6) for name, number in numbers.items()},
         "scenes": [to_text(scene) for scene in scenes],
         "embedding": base64.b64encode(vectors.half().numpy().tobytes()).decode(),
     }  # fmt: skip

@@ -109,12 +109,9 @@ def pictures(model: str, setting: dict, prompt: str, seed: int, images: int = GR
 
 
 def paint(job: Job, device: str = "cpu") -> dict:
-    """The row of one group: the job, the checkpoint, what is measured of its pictures, and how long they took."""
-    start = time.perf_counter()
+    """The row of one group: the job, the checkpoint, and what is measured of its pictures."""
     found = pictures(job.model, json.loads(job.setting), job.prompt, job.seed, job.images, device)
-    took = 1000 * (time.perf_counter() - start)
-    return {**job.row, "checkpoint": checksum(job.model), **measure(found, job.prompt, embedding()),
-            "milliseconds": round(took, 1)}
+    return {**job.row, "checkpoint": checksum(job.model), **measure(found, job.prompt, embedding())}
 
 
 def costs(model: str, settings: list[dict], runs: int = COST_RUNS) -> list[dict]:

@@ -43,9 +43,8 @@ def test_a_committed_row_comes_out_again(model, which):
     *_, row = (row for row in ROWS if row["model"] == model and row["images"] == plan.GROUP and (
         which == "painted last" or (row["setting"], row["prompt"], row["seed"]) == wanted))
     again = paint(plan.Job.of(row))
-    for name in ("checkpoint", "scenes", "adherence", "unreadable"):  # whole numbers behind all of them
+    for name in ("checkpoint", "scenes", "adherence", "unreadable", "vendi"):  # what the reader reads, all of it
         assert again[name] == row[name], name
-    assert again["vendi"] == pytest.approx(row["vendi"], rel=1e-9)
     # Another machine adds in another order: a pixel may round to the other side, and one at the edge counts or not.
     assert again["wrong_pixels"] == pytest.approx(row["wrong_pixels"], abs=5)
     found, before = measures.vectors_of(again), measures.vectors_of(row)

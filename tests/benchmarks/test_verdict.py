@@ -29,8 +29,9 @@ def test_the_guidance_to_ship_is_the_lowest_within_half_a_point_of_the_best():
 
 def row(setting, prompt, seed, vendi, adherence, images=4):
     numbers = torch.randn(images, 32, generator=torch.Generator().manual_seed(seed)).half().numpy().tobytes()
-    return {"model": MODEL, "setting": setting, "images": images, "prompt": prompt, "seed": seed, "vendi": vendi,
-            "vendi_embedding": vendi, "adherence": adherence, "unreadable": 0.0, "wrong_pixels": 10.0 * vendi,
+    return {"model": MODEL, "method": "any", "setting": setting, "images": images, "prompt": prompt, "seed": seed,
+            "vendi": vendi, "vendi_embedding": vendi, "adherence": adherence, "unreadable": 0.0,
+            "wrong_pixels": 10.0 * vendi,
             "scenes": [measures.to_text(scene) for scene in scenes_of(images, seed)],
             "embedding": base64.b64encode(numbers).decode()}
 
