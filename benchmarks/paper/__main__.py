@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from sampler.pipeline import usable_device
 from weights import BUNDLED
 
 from .plan import REGIMES, SIZES, stages
@@ -35,6 +36,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
+    try:
+        usable_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     folder = args.out or (RESULTS if args.size == "full" else Path(f"outputs/paper-{args.size}"))
     groups, cost = folder / "groups.jsonl", folder / "costs.json"
     if old := stale(row for row in finished(groups) if row["model"] in args.models):

@@ -83,7 +83,7 @@ class Painter:
 def painter(file: Path, workers: int, device: str = "cpu", minutes: float | None = None) -> Iterator[Painter]:
     """A `Painter` with so many processes, which end with the `with` block."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     with get_context("spawn").Pool(workers, start_worker) as pool:
         yield Painter(file, pool, device, until)
 
