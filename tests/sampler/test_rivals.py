@@ -383,6 +383,19 @@ def test_the_first_velocity_is_that_of_the_teachers_own_pipeline(pipeline, weigh
     assert not torch.allclose(plain.seen[0], own.seen[0], atol=0.1)
 
 
+def test_the_teacher_computes_in_the_dtype_of_the_few_step_model():
+    turbo, seen = Pipeline.load("tiny-turbo", dtype=torch.float64), []
+
+    class Noted(TeacherFirst):
+        def of_teacher(self, velocity, x):
+            taught = super().of_teacher(velocity, x)
+            seen.extend({p.dtype for p in taught.transformer.module.parameters()})
+            return taught
+
+    turbo("a star", 1, method=Noted(1.0))
+    assert seen == [torch.float64]
+
+
 def test_the_teachers_steps_are_eulers_along_the_first_interval(pipeline):
     # with itself as teacher and as many steps as its schedule has above σ₁, the first interval is the old one in parts
     method = TeacherFirst(3.0, teacher="tiny-sd3", weight=1.0)
