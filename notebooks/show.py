@@ -1,4 +1,4 @@
-"""How the notebooks look: one style, pictures in rows, heat maps with words, diagrams. Nothing here computes anything."""
+"""How the notebooks look: style, pictures in rows, heat maps with words, diagrams. Nothing here computes anything."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ plt.rcParams.update({
 
 
 def pictures(rows: dict[str, Sequence], captions: Sequence = (), size: float = 1.25, **how) -> Figure:
-    """Rows of pictures (PIL, enlarged smoothly, or (y, x) tensors), a label before each and a caption over each column."""
+    """Rows of pictures (PIL, enlarged smoothly, or (y, x) tensors), labels before rows, captions over columns."""
     columns = max(map(len, rows.values()))
     figure, panels = plt.subplots(len(rows), columns, squeeze=False,
                                   figsize=(size * columns + 0.8, (size + 0.05) * len(rows) + 0.25))
