@@ -21,8 +21,9 @@ plt.rcParams.update({
 def pictures(rows: dict[str, Sequence], captions: Sequence = (), size: float = 1.25, **how) -> Figure:
     """Rows of pictures (PIL, enlarged smoothly, or (y, x) tensors), labels before rows, captions over columns."""
     columns = max(map(len, rows.values()))
+    longest = max(len(line) for label in rows for line in label.split("\n"))
     figure, panels = plt.subplots(len(rows), columns, squeeze=False,
-                                  figsize=(size * columns + 0.8, (size + 0.05) * len(rows) + 0.25))
+                                  figsize=(size * columns + 0.08 * longest, (size + 0.05) * len(rows) + 0.3))
     for line, (label, row) in zip(panels, rows.items(), strict=True):
         for panel in line:
             panel.axis("off")

@@ -5,7 +5,6 @@ heading of notebook 5), text.
 """
 
 import base64
-import re
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def figure(place: str) -> bytes:
     (file,) = NOTEBOOKS.glob(f"{number}-*.ipynb")
     below = False
     for cell in nbformat.read(file, as_version=4).cells:
-        below |= cell.cell_type == "markdown" and re.search(rf"^## {re.escape(heading)}$", cell.source, re.M) is not None
+        below |= cell.cell_type == "markdown" and f"## {heading}" in cell.source.splitlines()
         for output in cell.get("outputs", ()):
             if below and "image/png" in output.get("data", ()):
                 return base64.b64decode(output.data["image/png"])

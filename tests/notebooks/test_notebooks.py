@@ -1,7 +1,8 @@
 """The guided tour runs top to bottom, and what is committed is what a run leaves behind.
 
-`SAVE_NOTEBOOKS=1 pytest tests/notebooks` runs all and writes the new outputs into them, with compressed pictures. Without
-it, cells with the tag "parameters" are followed by what `QUICK` says: the stored outputs stand for the long run.
+`SAVE_NOTEBOOKS=1 pytest tests/notebooks` runs all and writes the new outputs into them, with compressed pictures.
+Without it, what `QUICK` says replaces the values of cells with the tag "parameters": the stored outputs stand for the
+long run.
 """
 
 import base64
@@ -80,7 +81,8 @@ def test_nothing_of_the_machine_is_in_it(file):
 def test_what_it_links_to_exists(file):
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".ipynb":
-        text = "\n".join(cell.source for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "markdown")
+        cells = nbformat.read(file, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", text) + re.findall(r'src="(?!https?:)([^"]+)"', text)
     assert not [link for link in links if not (file.parent / link).exists()]
 
@@ -91,7 +93,7 @@ def test_every_slide_has_its_figure(tmp_path, monkeypatch):
 
     slides.main(tmp_path)
     text = (tmp_path / "slides.md").read_text(encoding="utf-8")
-    assert text.count("\n---\n") - 1 == len(slides.rows()) - 1 + 0 and len(slides.rows()) >= 15
+    assert text.count("\n# ") == len(slides.rows()) >= 15
     for picture in re.findall(r"\]\((\d+\.png)\)", text):
         Image.open(tmp_path / picture).verify()
     assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == len(slides.rows())  # none is shown twice
