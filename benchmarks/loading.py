@@ -3,8 +3,8 @@
 The files have true headers and full size but take no room on the disk: their numbers were never written, so they read
 as zeros. Each load has a process of its own; ours and the library's alternate, so that a noisy machine disturbs both
 alike, and medians are compared. Memory is what the process holds of its own (RssAnon), beyond that of the imports:
-pages of a mapped file are the system's cache. `--step` also runs one step of FLUX.1-dev and of FLUX.2-klein-4B at
-256 × 256, and Qwen3-4B on 512 tokens, which reads every number: 24, 8 and 6 GB.
+pages of a mapped file are the system's cache. `--step` also runs Qwen3-4B on 512 tokens, which reads every number, 6
+GB; steps of the transformers: `benchmarks.fullsize`.
 """
 
 import argparse
@@ -16,15 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 from safetensors.torch import load_file
 
-from mmdit import MMDiT, TextDecoder
+from mmdit import MMDiT, MMDiTConfig, TextDecoder
+from mmdit.meta import on_meta
 from weights import load_text_encoder, load_transformer
+from weights.configs import sizes_of
+from weights.save import transformer_kind
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "tests/data/manifests.json.gz").read_bytes()))
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I64": 8}
@@ -38,7 +43,6 @@ ROWS = {  # name: manifest, dtype in the file, where it is stored, options of lo
     "FLUX.2-klein-4B, original": ("bfl/flux2-klein-4b", "BF16", "flux-2-klein-4b.safetensors", {}),
     "Qwen3-4B, without what klein does not read": ("text/qwen3-4b", "BF16", "qwen_3_4b.safetensors", {}),
 }
-STEPS = ("FLUX.1-dev, original", *list(ROWS)[-2:])
 
 
 def sparse_file(path: Path, shapes: dict[str, Sequence[int]], dtype: str | Callable = "BF16") -> Path:
@@ -57,14 +61,40 @@ def sparse_file(path: Path, shapes: dict[str, Sequence[int]], dtype: str | Calla
     return path
 
 
-def anonymous() -> float:
+def sparse_transformer(path: Path, config: MMDiTConfig) -> Path:
+    """The same of a transformer of these sizes in bfloat16, under the names of its family's original files."""
+    layout = transformer_kind(config).layouts[0]
+    parts = layout.split(on_meta(MMDiT, config).state_dict(), sizes_of(config))
+    return sparse_file(path, {layout.prefix + theirs: tuple(part.shape) for _, theirs, part in parts})
+
+
+def anonymous() -> int:
     """Bytes of this process that belong to no file (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
+@contextmanager
+def most_anonymous() -> Iterator[list[int]]:
+    """A list whose last number is the most bytes of `anonymous` so far, looked at every few milliseconds."""
+    found, done = [anonymous()], Event()
+
+    def watch() -> None:
+        while not done.wait(0.003):
+            found[-1] = max(found[-1], anonymous())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
 def measure(reader: str, path: str, dtype: str | None = None, step: bool = False) -> dict[str, float]:
-    """Load once, here: seconds and anonymous bytes; with `step` those of one forward pass too, and the parameters."""
+    """Load once, here: seconds and anonymous bytes; with `step` those of one forward pass too, the most that the
+    process held, imports included; and the parameters."""
     wide, before = getattr(torch, dtype) if dtype else None, anonymous()
     start = time.perf_counter()
     if reader == "ours":
@@ -74,9 +104,9 @@ def measure(reader: str, path: str, dtype: str | None = None, step: bool = False
         loaded = {name: tensor.to(wide) for name, tensor in loaded.items()} if wide else loaded
     found = {"seconds": time.perf_counter() - start, "bytes": anonymous() - before}
     if step:
-        with torch.no_grad():
+        with torch.no_grad(), most_anonymous() as most:
             forward(loaded)
-        found |= {"step": time.perf_counter() - start - found["seconds"], "all bytes": anonymous(),
+        found |= {"step": time.perf_counter() - start - found["seconds"], "all bytes": most[-1],
                   "parameters": sum(parameter.numel() for parameter in loaded.parameters())}
     return found
 
@@ -86,9 +116,9 @@ def forward(model: MMDiT | TextDecoder) -> None:
     if isinstance(model, TextDecoder):
         model(torch.zeros(1, 512, dtype=torch.int64))
         return
-    config, flux1 = model.config, model.config.pooled_dim is not None
+    config = model.config
     model(torch.randn(1, config.latent_channels, 16 * config.patch_size, 16 * config.patch_size), torch.ones(1),
-          torch.randn(1, 512, config.context_dim), torch.randn(1, 768) if flux1 else None,
+          torch.randn(1, 512, config.context_dim), torch.randn(1, config.pooled_dim) if config.pooled_dim else None,
           torch.ones(1) if config.guidance_embedding else None)
 
 
@@ -101,7 +131,7 @@ def measure_apart(*arguments: object) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="loads of each kind, after one that fills the cache")
-    parser.add_argument("--step", action="store_true", help="one forward pass of the largest too")
+    parser.add_argument("--step", action="store_true", help="Qwen3-4B reads a prompt too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -120,7 +150,7 @@ def main() -> None:
             print(f"| {row} | {ours['seconds']:.3f} | {library['seconds']:.3f} | "
                   f"{ours['seconds'] / library['seconds']:.2f} | {ours['bytes'] / 1e6:.0f} | "
                   f"{library['bytes'] / 1e6:.0f} |", flush=True)
-        for row in STEPS if args.step else ():
+        for row in list(ROWS)[-1:] if args.step else ():
             found = measure_apart("ours", str(Path(folder) / ROWS[row][2]), None, True)
             print(f"\n{row}: {found['parameters'] / 1e9:.2f} billion parameters, opened in {found['seconds']:.2f} s, "
                   f"forward pass {found['step']:.0f} s, the process's own memory {found['all bytes'] / 1e9:.2f} GB.")

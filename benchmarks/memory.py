@@ -7,8 +7,8 @@ a time (FLUX.1-Kontext: the encoder as well). While they run, every storage is c
 """
 
 import argparse
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from sampler.conditioning import T5_LIMIT
 from sampler.guidance import GuidedVelocity
 from sampler.parts import Part, stream_blocks
 from sampler.schedule import denoise
-from weights import PUBLIC
+from weights import PUBLIC, Settings
 
 from .solver import Allocated, show
 
@@ -114,24 +114,35 @@ def decode(config: AutoencoderConfig, side: int, reference: bool) -> Bytes:
     return max(needs)
 
 
+def latent_shape(config: MMDiTConfig, settings: Settings) -> tuple[int, int, int]:
+    """Of the checkpoint's pictures: c, H, W."""
+    downscale = 8 * 2 // config.patch_size  # a token is 16 pixels wide
+    return config.latent_channels, settings.height // downscale, settings.width // downscale
+
+
+def guided(model: MMDiT, settings: Settings, tokens: int, repulsion: Repulsion | None,
+           references: Sequence[Tensor] = ()) -> GuidedVelocity:
+    """The velocity with the guidance of the checkpoint, of a random prompt of so many context tokens."""
+    config, like = model.config, model.image_in.weight
+    random = partial(torch.randn, device=like.device, dtype=like.dtype)
+    distilled = settings.guidance if config.guidance_embedding else None
+    weight = settings.guidance if distilled is None and (settings.guidance or 0) > 1 else None
+    branches = 1 if weight is None else 2
+    context, pooled = random(branches, tokens, config.context_dim), random(branches, config.pooled_dim or 0)
+    return GuidedVelocity(
+        transformer=Part(lambda: model), steps=1, weight=weight, distilled=distilled, repulsion=repulsion,
+        condition=lambda samples, sigma, step: (
+            repeat(context, "g n d -> (g b) n d", b=samples),
+            repeat(pooled, "g d -> (g b) d", b=samples) if config.pooled_dim else None), references=references)
+
+
 def paint(model: MMDiT, name: str, images: int, tokens: int) -> Bytes:
     """A step of the transformer, with the guidance of the checkpoint and a push in one block of each kind."""
     config, settings = model.config, PUBLIC[name].settings
-    downscale = 8 * 2 // config.patch_size  # a token is 16 pixels wide
-    latent = (config.latent_channels, settings.height // downscale, settings.width // downscale)
-    distilled = settings.guidance if config.guidance_embedding else None
-    weight = settings.guidance if distilled is None and (settings.guidance or 0) > 1 else None
-    repulsion = Repulsion(strength=1.0, blocks=(0, config.num_blocks - 1))
+    latent, repulsion = latent_shape(config, settings), Repulsion(strength=1.0, blocks=(0, config.num_blocks - 1))
 
     def call():
-        branches = 1 if weight is None else 2
-        context, pooled = empty(branches, tokens, config.context_dim), empty(branches, config.pooled_dim or 0)
-        velocity = GuidedVelocity(
-            transformer=Part(lambda: model), steps=1, weight=weight, distilled=distilled, repulsion=repulsion,
-            condition=lambda samples, sigma, step: (
-                repeat(context, "g n d -> (g b) n d", b=samples),
-                repeat(pooled, "g d -> (g b) d", b=samples) if config.pooled_dim else None),
-            references=[empty(1, *latent)] if "kontext" in name else [])
+        velocity = guided(model, settings, tokens, repulsion, [empty(1, *latent)] if "kontext" in name else [])
         denoise(velocity, empty(images, *latent, dtype=torch.float32), torch.tensor([1.0, 0.0]))
 
     return count(model, call)
@@ -146,6 +157,11 @@ def text_encoders(config: MMDiTConfig, prompt_tokens: int | None) -> list[tuple[
     return [(*CLIP_L, 77), (*CLIP_G, 77), (*T5, prompt_tokens or T5_LIMIT["sd3"])]
 
 
+def autoencoder_of(config: MMDiTConfig) -> AutoencoderConfig:
+    """The sizes of the autoencoder that belongs to a transformer."""
+    return FLUX2_VAE if config.pooled_dim is None else AutoencoderConfig()
+
+
 def context_tokens(config: MMDiTConfig, encoders: list[tuple]) -> int:
     """Those of the last text encoder; SD3's context has the CLIPs' as well."""
     return encoders[-1][-1] + 77 * (config.position == "table")
@@ -154,9 +170,7 @@ def context_tokens(config: MMDiTConfig, encoders: list[tuple]) -> int:
 def needs(name: str, float8: bool, images: tuple[int, ...] = IMAGES) -> list[float]:
     """GiB for each number of pictures with all networks on the card, then by parts, then by blocks."""
     config, *_, settings = PUBLIC[name]
-    encoders, vae = text_encoders(config, settings.prompt_tokens), AutoencoderConfig()
-    if config.pooled_dim is None:
-        vae = FLUX2_VAE
+    encoders, vae = text_encoders(config, settings.prompt_tokens), autoencoder_of(config)
     tokens = context_tokens(config, encoders)
     found = {"all": [], "parts": [], "blocks": []}
     for streamed in (False, True):

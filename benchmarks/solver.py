@@ -31,10 +31,10 @@ def tokens(samples: int, count: int = 512, width: int = 3072, dtype: torch.dtype
     return (shared + torch.linspace(0.02, 0.06, samples)[:, None, None] * apart).to(dtype)
 
 
-def milliseconds(runs: int, *calls: Callable) -> list[float]:
+def milliseconds(runs: int, *calls: Callable, warm_up: bool = True) -> list[float]:
     """The median time of each call; they alternate, so that a noisy machine disturbs all alike."""
     times = [[] for _ in calls]
-    for run in range(runs + 1):
+    for run in range(not warm_up, runs + 1):
         for call, found in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()

@@ -13,7 +13,7 @@ from sampler.schedule import shifted
 from tiny.captions import describe, reword
 from tiny.world import Scene, forget, misstate, render, sample_scene
 
-from .loop import chunks, save_atomically
+from .loop import chunks, loaded, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's
@@ -57,12 +57,15 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: b
     """
     file = folder / "latents.pt"
     if not file.exists():
-        means = []
-        for part in chunks(len(data.scenes), 64):
-            rows = torch.arange(part.start, part.stop)
-            picture = data.pictures(rows, 10**6 + part.start).to(device)
+        means, parts = [], [*chunks(len(data.scenes), 64)]
+
+        def batch_at(index: int) -> Tensor:
+            part = parts[index]
+            return data.pictures(torch.arange(part.start, part.stop), 10**6 + part.start)
+
+        for picture in loaded(batch_at, 0, len(parts), device):
             with torch.autocast(device, torch.bfloat16):
-                means.append(model.posterior(picture)[0].float().cpu())
+                means.append(model.posterior(picture.to(device))[0].float().cpu())
         latents, shift, scaling = torch.cat(means), model.config.shift, model.config.scaling
         if measure:
             shift, scaling = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
@@ -77,7 +80,7 @@ def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     image x₀ (b, c, H, W). σ is logit-normal (SD3 section 3.1), then shifted by SHIFT.
     """
-    noise = torch.randn(image.shape).to(image)
-    sigma = shifted(torch.randn(len(image)).sigmoid(), SHIFT).to(image)
+    noise = torch.randn_like(image)
+    sigma = shifted(torch.randn(len(image), device=image.device).sigmoid(), SHIFT).to(image)
     level = rearrange(sigma, "b -> b 1 1 1")
     return (1 - level) * image + level * noise, sigma, noise - image

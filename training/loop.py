@@ -1,17 +1,23 @@
-"""The training loop of all networks: progress, checkpoints, resuming, exponential moving average."""
+"""The training loop of all networks: data, progress, checkpoints, resuming, exponential moving average."""
 
+import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import trange
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+RECORDED = 125  # steps that replay one CUDA graph
 
 
-def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) -> list[torch.optim.Optimizer]:
+def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None,
+               capturable: bool = False) -> list[torch.optim.Optimizer]:
     """AdamW, and where `muon_lr` is given Muon for the matrices and convolutions of all but the first and last layers.
 
     Muon (K. Jordan, 2024) makes each update orthogonal; modulation layers, which start at zero, stay with AdamW.
@@ -24,7 +30,7 @@ def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None) 
                 matrices.append(parameter if parameter.ndim == 2 else as_matrix(parameter))
             else:
                 rest.append(parameter)
-    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, capturable=capturable)]
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01))
     return found
@@ -37,19 +43,64 @@ def as_matrix(convolution: nn.Parameter) -> nn.Parameter:
     return matrix
 
 
-def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Tensor], steps: int, folder: Path, *,
-          lr: float, muon_lr: float | None = None, ema: float = 0.0, device: str = "cpu",
-          save_every: int = 250) -> None:
-    """Minimize `loss_at(step)` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
+class Batches(Dataset):
+    """The batches of the steps from `start` on, as `batch_at(step)` makes them."""
 
-    `loss_at` draws its data from the step's number alone, so an interrupted run resumes with identical results.
-    The learning rate warms up over 2 % of the steps and falls linearly to zero over the second half. `ema` is the
-    decay of the exponential moving average of the weights; 0 keeps the last weights.
+    def __init__(self, batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int):
+        self.batch_at, self.start, self.steps = batch_at, start, steps
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __getitem__(self, index: int) -> list[Tensor] | Tensor:
+        return self.batch_at(self.start + index)
+
+
+def loaded(batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int, device: str) -> DataLoader:
+    """The same batches; for a GPU other processes make them meanwhile."""
+    workers = max(1, os.cpu_count() - 2) if device.startswith("cuda") else 0
+    return DataLoader(Batches(batch_at, start, steps), batch_size=None, num_workers=workers)
+
+
+class Recorded:
+    """A training step as a CUDA graph: thousands of small kernels which Python need not start one by one.
+
+    What `update` computes on the CPU, such as learning rates, is fixed at the recording.
     """
-    file, opts = folder / f"{name}.pt", optimizers(modules, lr, muon_lr)
+
+    def __init__(self, update: Callable[..., Tensor], batch: Sequence[Tensor]):
+        self.batch, self.graph = [part.cuda() for part in batch], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            self.loss = update(*self.batch)
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        for ours, given in zip(self.batch, batch, strict=True):
+            ours.copy_(given)
+        self.graph.replay()
+        return self.loss
+
+
+def train(name: str, modules: dict[str, nn.Module], batch_at: Callable[[int], list[Tensor]],
+          loss_of: Callable[..., Tensor], steps: int, folder: Path, *, lr: float, muon_lr: float | None = None,
+          ema: float = 0.0, device: str = "cpu", save_every: int = 2 * RECORDED, minutes: float = math.inf) -> None:
+    """Minimize `loss_of(*batch_at(step))` and leave the (averaged) weights in `modules` and in `folder/name.pt`.
+
+    `batch_at` makes the data of a step on the CPU from its number alone, so an interrupted run resumes with identical
+    results; `loss_of` is given it on the device. The learning rate warms up over 2 % of the steps and falls linearly to
+    zero over the second half. `ema` is the decay of the exponential moving average of the weights; 0 keeps the last.
+    `minutes`: the run, counted from this start of it, ends then if not before, with the learning rate falling by the
+    clock.
+    """
+    on_gpu = device.startswith("cuda")
+    if on_gpu:  # CUDA graphs are recorded on another stream than the default one
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
+    file, opts = folder / f"{name}.pt", optimizers(modules, lr, muon_lr, capturable=on_gpu)
     base_rates = [o.param_groups[0]["lr"] for o in opts]
     together = nn.ModuleDict(modules)
-    average = {k: v.detach().clone() for k, v in together.state_dict().items()}
+    weights = together.state_dict()
+    average = {k: v.detach().clone() for k, v in weights.items()}
     start = 0
     if file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
@@ -58,28 +109,42 @@ def train(name: str, modules: dict[str, nn.Module], loss_at: Callable[[int], Ten
         for optimizer, state in zip(opts, saved["optimizers"], strict=False):
             optimizer.load_state_dict(state)
 
-    progress, running = trange(start, steps, initial=start, total=steps, desc=name, mininterval=5), None
-    for step in progress:
-        torch.manual_seed(step)
-        rate = min(1.0, (step + 1) / (0.02 * steps), 2 * (steps - step) / steps)
+    progress = tqdm(loaded(batch_at, start, steps, device), initial=start, total=steps, desc=name, mininterval=5)
+    running, recorded, decay, began = None, None, 0.0, time.monotonic()
+
+    def update(*batch: Tensor) -> Tensor:
         # On CPUs the fused attention's backward pass is slower than plain matrix products for so few tokens.
-        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext(), torch.autocast(device, torch.bfloat16):
-            loss = loss_at(step)
+        with nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH), torch.autocast(device, torch.bfloat16):
+            loss = loss_of(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(together.parameters(), 1.0)
-        for optimizer, base in zip(opts, base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate
+        for optimizer in opts:
             optimizer.step()
         together.zero_grad(set_to_none=True)
+        torch._foreach_lerp_([*average.values()], [*weights.values()], 1 - decay)
+        return loss.detach()
+
+    for step, batch in enumerate(progress, start):
+        torch.manual_seed(step)
+        done = max(step / steps, (time.monotonic() - began) / (60 * minutes))
+        last = step + 1 == steps or done >= 1
+        for optimizer, base in zip(opts, base_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = base * min(1.0, (step + 1) / (0.02 * steps), 2 * max(1 - done, 0))
         decay = min(ema, (step + 1) / (step + 10))
-        for key, value in together.state_dict().items():
-            average[key].lerp_(value, 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"step": step + 1, "model": together.state_dict(), "average": average,
-                     "optimizers": [o.state_dict() for o in opts] if step + 1 < steps else []}
-            save_atomically(state, file)
+        if on_gpu and step >= start + 3:  # after a few steps nothing is initialized, compiled or chosen any more
+            if recorded is None or step % RECORDED == 0:
+                recorded = Recorded(update, batch)
+            loss = recorded(*batch)
+        else:
+            loss = update(*[part.to(device) for part in batch])
+        running = loss.clone() if running is None else running.lerp(loss, 0.02)
+        if step % 20 == 0:  # reading the loss waits for a GPU
+            progress.set_postfix(loss=f"{running.item():.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or last:
+            save_atomically({"step": steps if last else step + 1, "model": weights, "average": average,
+                             "optimizers": [] if last else [o.state_dict() for o in opts]}, file)
+        if last:
+            break
     together.load_state_dict(average)
 
 

@@ -1,6 +1,7 @@
 """`tiny-sd3` as the teacher in distillation: its conditioning and its velocities with guidance."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,16 @@ FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
 
 
-def sd3_condition(clips: list[ClipTextEncoder], t5: T5Encoder, tokenizers: list, captions: list[str],
-                  device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Context (b, 2 n, d) and pooled vector (b, p) of captions, from the three tokenizers and encoders of SD3."""
-    ids = [tokenize(captions).to(device) for tokenize in tokenizers]
-    return sd3_conditioning([clip(ids[i]) for i, clip in enumerate(clips)], t5(ids[2]))
+def sd3_condition(clips: Sequence[ClipTextEncoder], t5: T5Encoder, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Context (b, 2 n, d) and pooled vector (b, p) of captions, from SD3's three text encoders and their token ids."""
+    return sd3_conditioning([clip(tokens) for clip, tokens in zip(clips, ids, strict=False)], t5(ids[2]))
+
+
+def trusting(encoder: ClipTextEncoder | T5Encoder) -> ClipTextEncoder | T5Encoder:
+    """The same text encoder, which no longer checks its token ids: that waits for a GPU, and these come from its own
+    tokenizer."""
+    encoder._check = lambda ids: None
+    return encoder
 
 
 class Teacher(nn.Module):
@@ -36,16 +42,20 @@ class Teacher(nn.Module):
         self.size = json.loads((folder / "sampling.json").read_text())["height"]  # of its pictures, which are square
         clip_l, clip_g, t5 = TOKENIZERS
         self.tokenizers = [ClipTokenizer(folder / clip_l), ClipTokenizer(folder / clip_g), T5Tokenizer(folder / t5)]
-        *clips, self.t5 = (load_text_encoder(folder / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        *clips, self.t5 = (trusting(load_text_encoder(folder / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))
         self.clips = nn.ModuleList(clips)
         self.transformer = load_transformer(folder, **where)
         self.autoencoder = load_autoencoder(folder / "vae", **where)
         self.requires_grad_(False).eval()
-        self.empty = self.condition([""])
+        self.empty = self.condition(*[ids.to(device) for ids in self.tokenize([""])])
 
-    def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, captions: list[str]) -> list[Tensor]:
+        """Token ids (b, n) of captions in each of the three vocabularies, on the CPU."""
+        return [tokenize(captions) for tokenize in self.tokenizers]
+
+    def condition(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
         """Context (b, n, d) and pooled vector (b, p) of captions."""
-        return sd3_condition(self.clips, self.t5, self.tokenizers, captions, self.device)
+        return sd3_condition(self.clips, self.t5, ids)
 
     @torch.no_grad()
     def velocities(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor],
@@ -71,13 +81,11 @@ class FluxTextEncoders(nn.Module):
 
     def __init__(self, teacher: Teacher):
         super().__init__()
-        self.tokenizers = teacher.tokenizers[0], teacher.tokenizers[2]
-        clip, self.t5, self.device = teacher.clips[0], teacher.t5, teacher.device
-        self.clip = ClipTextEncoder(replace(clip.config, projection_dim=None)).to(self.device)
+        clip, self.t5 = teacher.clips[0], teacher.t5
+        self.clip = trusting(ClipTextEncoder(replace(clip.config, projection_dim=None)).to(teacher.device))
         self.clip.load_state_dict({k: v for k, v in clip.state_dict().items() if not k.startswith("projection")})
         self.requires_grad_(False).eval()
 
-    def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def forward(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Context (b, n, d) and pooled vector (b, p)."""
-        ids = [tokenize(captions).to(self.device) for tokenize in self.tokenizers]
-        return self.t5(ids[1]), self.clip(ids[0]).unprojected
+        return self.t5(t5_ids), self.clip(clip_ids).unprojected

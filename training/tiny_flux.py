@@ -7,6 +7,7 @@ whose velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,31 +50,35 @@ def student_of(teacher: MMDiT) -> MMDiT:
 
 
 def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: Data, latents: Tensor, folder: Path,
-            steps: int, lr: float) -> None:
+            steps: int, batch: int, lr: float, minutes: float) -> None:
     """Train the student to predict the teacher's guided velocity from its own conditioning and the guidance scale.
 
     Each evaluation of the teacher, which costs more than the student's, serves two guidance scales. In half of the
     examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
     """
     device = teacher.device
-    pick = batches(len(data.scenes), 32, data.seed + 2)
-    empty = encoders([""])[1]
+    pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
+    context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
+    rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
+    student.rope = lambda *_: rope  # all examples have the same positions
 
-    def loss_at(step: int) -> Tensor:
+    def batch_at(step: int) -> list[Tensor]:
         rows = pick(step)
-        captions = data.captions(rows, step)
-        noisy, sigma, _ = noised(latents[rows].float().to(device))
+        return [rows, *teacher.tokenize(data.captions(rows, step))]
+
+    def loss_of(rows: Tensor, *ids: Tensor) -> Tensor:
+        noisy, sigma, _ = noised(latents[rows].float())
         low, high = GUIDANCE
-        guidance = (low + (high - low) * torch.rand(2, len(rows))).to(device)
-        goal = torch.cat(teacher.velocities(noisy, sigma, teacher.condition(captions), guidance))
-        context, pooled = encoders(captions)
-        pooled = torch.where(torch.rand(2 * len(rows), 1).to(device) < 0.5, empty, pooled.repeat(2, 1))
+        guidance = low + (high - low) * torch.rand(2, len(rows), device=device)
+        goal = torch.cat(teacher.velocities(noisy, sigma, teacher.condition(*ids), guidance))
+        context, pooled = encoders(ids[0], ids[2])
+        pooled = torch.where(torch.rand(2 * len(rows), 1, device=device) < 0.5, empty, pooled.repeat(2, 1))
         found = student(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), context.repeat(2, 1, 1), pooled, guidance.flatten())
         error = (found.float() - goal).square().mean((1, 2, 3))
         return (error / guidance.flatten()).mean()  # the target grows with the guidance scale
 
-    train("student", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
-          device=device)
+    train("student", {"transformer": student}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
+          device=device, minutes=minutes)
 
 
 def main() -> None:
@@ -82,6 +87,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="continue from this tiny-flux (default: the teacher's blocks)")
     parser.add_argument("--steps", type=int, default=1660)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, each at two guidance scales")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
@@ -95,7 +102,8 @@ def main() -> None:
     encoders = FluxTextEncoders(teacher)
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
-    distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps, args.lr)
+    distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
+            args.batch, args.lr, args.minutes)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
                 SAMPLING | {"height": teacher.size, "width": teacher.size})

@@ -7,6 +7,7 @@ it is started again.
 """
 
 import argparse
+import math
 import random
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ from weights import load_autoencoder, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, SIZE, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
-from .teacher import TOKENIZERS, sd3_condition
+from .teacher import TOKENIZERS, sd3_condition, trusting
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
@@ -61,7 +62,7 @@ def new_autoencoder() -> Autoencoder:
     return model
 
 
-def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, device: str,
+def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, batch: int, device: str,
                       decoder_only: bool = False) -> None:
     """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion).
 
@@ -69,10 +70,12 @@ def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, 
     """
     model.to(device).requires_grad_(True)
     model.encoder.requires_grad_(not decoder_only)
-    pick = batches(len(data.scenes), 16, data.seed)
+    pick = batches(len(data.scenes), batch, data.seed)
 
-    def loss_at(step: int) -> Tensor:
-        picture = data.pictures(pick(step), step).to(device)
+    def batch_at(step: int) -> list[Tensor]:
+        return [data.pictures(pick(step), step)]
+
+    def loss_of(picture: Tensor) -> Tensor:
         mean, logvar = model.posterior(picture)
         mean, logvar = mean.float(), logvar.float()
         z = mean + torch.randn_like(mean) * (logvar / 2).exp()
@@ -81,7 +84,7 @@ def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, 
         return F.l1_loss(restored, picture) + 5 * F.mse_loss(restored, picture) + 1e-3 * kl
 
     name, part, lr = ("decoder", model.decoder, 1e-3) if decoder_only else ("autoencoder", model, 3e-3)
-    train(name, {name: part}, loss_at, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
+    train(name, {name: part}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
     model.requires_grad_(False).eval()
 
 
@@ -113,29 +116,30 @@ def train_clips(data: Data, tokenizers, folder: Path, steps: int, device: str) -
     end = tokenizers[0].end_token
     shared = {"vocab_size": end + 1, "num_heads": 4, "projection_dim": 16, "max_positions": LENGTH, "end_token": end}
     clips = [
-        ClipTextEncoder(ClipConfig(hidden_size=48, intermediate_size=192, num_layers=2, **shared)).to(device),
+        ClipTextEncoder(ClipConfig(hidden_size=48, intermediate_size=192, num_layers=2, **shared)),
         ClipTextEncoder(ClipConfig(hidden_size=64, intermediate_size=256, num_layers=3, activation="gelu", **shared)),
     ]
-    clips[1].to(device)
+    clips = [trusting(clip.to(device)) for clip in clips]
     tower = ImageTower([16, 16]).to(device)
     pick = batches(len(data.scenes), 128, data.seed + 1)
 
-    def loss_at(step: int) -> Tensor:
+    def batch_at(step: int) -> list[Tensor]:
         rows, rng = pick(step), random.Random(f"{data.seed} clip {step}")
         picture = reduce(data.pictures(rows, step), "b c (y p) (x q) -> b 1 y x", "mean", p=4, q=4)
         picture = picture.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3)) * rng.uniform(0.6, 1.6)
-        picture = picture.flip(3) if rng.random() < 0.5 else picture
-        seen = tower(picture.to(device))
-        captions, loss = data.captions(rows, step), 0.0
-        match = torch.arange(len(rows), device=device)
-        for clip, tokenizer, image in zip(clips, tokenizers, seen, strict=False):
-            text = clip(tokenizer(captions).to(device)).pooled
+        captions = data.captions(rows, step)
+        return [picture.flip(3) if rng.random() < 0.5 else picture, *(t(captions) for t in tokenizers[:2])]
+
+    def loss_of(picture: Tensor, *ids: Tensor) -> Tensor:
+        match, loss = torch.arange(len(picture), device=device), 0.0
+        for clip, tokens, image in zip(clips, ids, tower(picture), strict=True):
+            text = clip(tokens).pooled
             scores = tower.temperature.exp() * F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T
             loss = loss + (F.cross_entropy(scores, match) + F.cross_entropy(scores.T, match)) / 4
         return loss
 
     parts = {"clip_l": clips[0], "clip_g": clips[1], "tower": tower}
-    train("clips", parts, loss_at, steps, folder, lr=2e-3, ema=0.98, device=device)
+    train("clips", parts, batch_at, loss_of, steps, folder, lr=2e-3, ema=0.98, device=device)
     return [clip.requires_grad_(False).eval() for clip in clips]
 
 
@@ -144,31 +148,35 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
     t5 = T5Encoder(T5Config(vocab_size=t5_vocabulary, hidden_size=TRANSFORMER.context_dim, head_dim=32,
                             intermediate_size=256, num_layers=2, num_heads=4))
     nn.init.normal_(t5.token_embedding.weight)
-    return t5, start_at_zero(MMDiT(TRANSFORMER))
+    return trusting(t5), start_at_zero(MMDiT(TRANSFORMER))
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, lr: float, device: str, compiled: bool) -> None:
+                      steps: int, batch: int, lr: float, device: str, compiled: bool, minutes: float) -> None:
     """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
     One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
     drops its encoders at random, so that the model does not depend on one of them alone.
     """
     t5, model = t5.to(device), model.to(device)
-    pick = batches(len(data.scenes), 64, data.seed + 2)
-    empty = sd3_condition(clips, t5, tokenizers, [""], device)[1].detach()
+    pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
+    empty = sd3_condition(clips, t5, [tokenize([""]).to(device) for tokenize in tokenizers])[1].detach()
     forward = torch.compile(model) if compiled else model
 
-    def loss_at(step: int) -> Tensor:
+    def batch_at(step: int) -> list[Tensor]:
         rows = pick(step)
         captions = data.captions(rows, step)
-        noisy, sigma, velocity = noised(latents[rows].float().to(device))
-        context, pooled = sd3_condition(clips, t5, tokenizers, captions, device)
-        pooled = torch.where(torch.rand(len(rows), 1).to(device) < 0.5, empty, pooled)
+        return [rows, *(tokenize(captions) for tokenize in tokenizers)]
+
+    def loss_of(rows: Tensor, *ids: Tensor) -> Tensor:
+        noisy, sigma, velocity = noised(latents[rows].float())
+        context, pooled = sd3_condition(clips, t5, ids)
+        pooled = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, empty, pooled)
         return F.mse_loss(forward(noisy, sigma, context, pooled).float(), velocity)
 
     parts = {"t5": t5, "transformer": model}
-    train("transformer", parts, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
+    train("transformer", parts, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device,
+          minutes=minutes)
     t5.eval(), model.eval()
 
 
@@ -184,13 +192,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-sd3"), help="work folder; runs can resume")
     parser.add_argument("--steps", type=int, default=4200, help="steps of the transformer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end its training after this time")
+    parser.add_argument("--batch", type=int, default=64, help="its examples a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--autoencoder-batch", type=int, default=16, help="its pictures a step (default: %(default)s)")
     parser.add_argument("--decoder-steps", type=int, default=0, help="then steps of its decoder alone, also with "
                         "--start: latents, and what was trained on them, stay valid")
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
-    parser.add_argument("--wrong", type=float, default=0.1, help="share of the said attributes that captions get wrong")
+    parser.add_argument("--wrong", type=float, default=0.15, help="share of what captions say that is wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
                         "further, tokenizers, encoder of pictures and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
@@ -209,19 +220,20 @@ def main() -> None:
     if args.start:
         where = {"dtype": torch.float32, "device": args.device}
         autoencoder = load_autoencoder(args.start / "vae", **where)
-        *clips, t5 = (load_text_encoder(args.start / f"text_encoder{n}", **where) for n in ("", "_2", "_3"))
+        *clips, t5 = (trusting(load_text_encoder(args.start / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))
         clips = [clip.requires_grad_(False) for clip in clips]
         transformer = load_transformer(args.start, **where)
     else:
         autoencoder = new_autoencoder()
-        train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.device)
+        train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.autoencoder_batch, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
     if args.decoder_steps:
-        train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.device, decoder_only=True)
+        train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.autoencoder_batch, args.device,
+                          decoder_only=True)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
-    train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.lr,
-                      args.device, args.compile)
+    train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.batch,
+                      args.lr, args.device, args.compile, args.minutes)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 

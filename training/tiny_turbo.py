@@ -8,6 +8,7 @@ suffices, without a discriminator. Reflow would need the same trajectories and u
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
 STEPS = 4
 FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 4.5
-CHUNK = 64  # trajectories sampled at once
+CHUNK = 512  # trajectories sampled at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
             "repulsion": {"strength": 2.0, "steps": 1}}
 
@@ -47,7 +48,8 @@ def captions_of(data: Data, chunk: int) -> list[str]:
 def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
     """The teacher's trajectories from noise to picture, at the student's levels: (b, STEPS + 1, c, H, W) float16."""
     levels = noise_levels((STEPS - 1) * FINE + 1)
-    config, condition = teacher.transformer.config, teacher.condition(captions)
+    config = teacher.transformer.config
+    condition = teacher.condition(*[ids.to(teacher.device) for ids in teacher.tokenize(captions)])
     shape = (len(captions), config.latent_channels, 16, 16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device)
     guidance, way = torch.full((1, len(x)), GUIDANCE, device=teacher.device), [x]
@@ -72,23 +74,27 @@ def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Ten
     return torch.cat([torch.load(file, weights_only=True)["ways"] for file in files])
 
 
-def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: Path, steps: int, lr: float) -> None:
+def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: Path, steps: int, batch: int,
+            lr: float, minutes: float) -> None:
     """Train the student to predict (x_{k+1} − x_k) / (σ_{k+1} − σ_k) at x_k, for a random step k."""
     device = teacher.device
-    levels, pick = noise_levels(STEPS).to(device), batches(len(ways), 64, data.seed + 4)
+    levels, pick = noise_levels(STEPS).to(device), batches(len(ways), batch, data.seed + 4)
     captions = [caption for chunk in range(len(ways) // CHUNK) for caption in captions_of(data, chunk)]
-    share = torch.ones(STEPS)
-    share[-1] = 0.25  # the last step is a very short one
+    ids, ways = [tokens.to(device) for tokens in teacher.tokenize(captions)], ways.to(device)
+    share = torch.tensor([1.0] * (STEPS - 1) + [0.25], device=device).cumsum(0)  # the last step is a very short one
 
-    def loss_at(step: int) -> Tensor:
-        rows = pick(step)
-        k = share.multinomial(len(rows), replacement=True)
-        here, after = (ways[rows, i].float().to(device) for i in (k, k + 1))
+    def batch_at(step: int) -> list[Tensor]:
+        return [pick(step)]
+
+    def loss_of(rows: Tensor) -> Tensor:
+        k = torch.bucketize(torch.rand(len(rows), device=device) * share[-1], share).clamp(max=STEPS - 1)
+        here, after = (ways[rows, i].float() for i in (k, k + 1))
         length = (levels[k + 1] - levels[k])[:, None, None, None]
-        found = student(here, levels[k], *teacher.condition([captions[row] for row in rows.tolist()]))
+        found = student(here, levels[k], *teacher.condition(*[tokens[rows] for tokens in ids]))
         return F.mse_loss(found.float(), (after - here) / length)
 
-    train("turbo", {"transformer": student}, loss_at, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device)
+    train("turbo", {"transformer": student}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
+          device=device, minutes=minutes)
 
 
 def main() -> None:
@@ -98,6 +104,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="continue from this tiny-turbo (default: the teacher)")
     parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end the training after this time")
+    parser.add_argument("--batch", type=int, default=64, help="examples a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +118,8 @@ def main() -> None:
     teacher = Teacher(args.teacher, args.device)
     ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
     student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
-    distill(teacher, student, data, ways, args.out, args.steps, args.lr)
+    distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr,
+            args.minutes)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
                SHIFT, SAMPLING | {"height": teacher.size, "width": teacher.size})
     print(f"written to {args.out / 'checkpoint'}")

@@ -13,7 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from mmdit import Autoencoder, ClipTextEncoder, MMDiT, T5Encoder, TextDecoder
+from mmdit import Autoencoder, ClipTextEncoder, MMDiT, MMDiTConfig, T5Encoder, TextDecoder
 
 from . import configs
 from .detect import AUTOENCODER, CLIP, DECODER, FLUX, FLUX2, SD3, T5, Kind, Part, PathLike
@@ -31,8 +31,12 @@ def save_transformer(model: MMDiT, path: PathLike, layout: Literal["original", "
     `path` is replaced once everything is written. Raises CheckpointError (a ValueError) for a model that the
     layout cannot express, or a path that holds anything but a checkpoint.
     """
-    kind = FLUX2 if model.config.shared_modulation else FLUX if model.config.position == "rope" else SD3
-    _save(kind, model, path, layout, max_shard_bytes)
+    _save(transformer_kind(model.config), model, path, layout, max_shard_bytes)
+
+
+def transformer_kind(config: MMDiTConfig) -> Kind:
+    """The family under whose names files store a transformer."""
+    return FLUX2 if config.shared_modulation else FLUX if config.position == "rope" else SD3
 
 
 def save_autoencoder(model: Autoencoder, path: PathLike, layout: Literal["original", "hub"] = "original",

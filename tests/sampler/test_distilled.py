@@ -66,7 +66,7 @@ def test_the_teacher_moves_as_the_pipeline_does(teacher):
         pipeline("a red star", 2, noise=noise, steps=1, guidance=guidance)
     wanted = [noise - torch.cat(pair) for pair in (latents[:2], latents[2:])]  # decoded one by one
     both = torch.tensor([[2.5, 2.5], [4.5, 4.5]])
-    found = teacher.velocities(noise, torch.ones(2), teacher.condition(["a red star"] * 2), both)
+    found = teacher.velocities(noise, torch.ones(2), teacher.condition(*teacher.tokenize(["a red star"] * 2)), both)
     for ours, theirs in zip(found, wanted, strict=True):  # float32 sums in another order
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 

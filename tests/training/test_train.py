@@ -20,14 +20,16 @@ def small_run(folder, steps, stop_at=None):
     pick = batches(64, 16, seed=1)
     data = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
 
-    def loss_at(step):
+    def batch_at(step):
         if step == stop_at:
             raise KeyboardInterrupt
-        x = data[pick(step)]
+        return [data[pick(step)]]
+
+    def loss_of(x):
         inner = blocks[1](blocks[0](x)[:, :, None, None])[:, :, 0, 0]
         return (net["out"](inner) - x[:, :2] + 0.1 * torch.randn(16, 2)).square().mean()
 
-    train("net", {"net": net}, loss_at, steps, folder, lr=1e-2, muon_lr=1e-2, ema=0.9, save_every=5)
+    train("net", {"net": net}, batch_at, loss_of, steps, folder, lr=1e-2, muon_lr=1e-2, ema=0.9, save_every=5)
     return net.state_dict()
 
 
