@@ -2,8 +2,8 @@
 
 Writes a sheet of pictures, the same prompts and seeds for all, none picked, and prints for each checkpoint over prompts
 that say everything: the share of the prompted attributes that are present, the share of pictures in which all are, the
-share of attributes that cannot be read, and how many of a picture's 4,096 pixels are clearly not what the world's
-renderer would draw there. 95 % intervals, bootstrapped over the prompts.
+share of attributes that cannot be read, and of 10,000 pixels those that are clearly not what the world's renderer would
+draw there. 95 % intervals, over the prompts.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     pipelines = {name: Pipeline.load(name) for name in args.models}
     paint(pipelines).save(args.out, optimize=True)
-    print("| | adherence | all of it | unreadable | wrong pixels |\n|---|---|---|---|---|")
+    print("| | adherence | all of it | unreadable | wrong pixels of 10,000 |\n|---|---|---|---|---|")
     for name, pipeline in pipelines.items():
         by_prompt = [torch.tensor([one], dtype=torch.float64)
                      for one in measure(pipeline, full_prompts(args.prompts), args.images)]

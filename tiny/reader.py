@@ -4,8 +4,8 @@ Every ground, texture, color and shape is known, so a picture is analyzed in fou
 best, the pixels that are a blend of that sheet and an object color, their connected components, and for each component
 the shape whose silhouette of the same area and centroid overlaps it most. It works on renders and generated pictures.
 
-Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch; h the
-side of the pictures, 64 or 128 pixels. Lengths are in units of 1/64 of a side, as in `tiny.world`.
+Letters in shape comments: b batch, s slots (up to three things a picture), t things found in the whole batch; h = SIDE.
+Lengths are in units of 1/64 of a side, as in `tiny.world`.
 """
 
 import math
@@ -26,6 +26,7 @@ from .world import (
     MARGIN,
     RADII,
     SHAPES,
+    SIDE,
     SIZES,
     TEXTURES,
     Scene,
@@ -41,26 +42,26 @@ GROUND_REACH = 0.25  # the distance from a ground sheet at which a pixel's error
 GROUND_SHARE = 0.35  # at least this share of a picture must fit its ground sheet
 COLOR_REACH = 0.3  # a thing whose color is further than this from the palette has no known color
 SMALLEST = 25  # area; the smallest thing of the world (a small star of two) has 65
-# Intersection over union below which a thing has no known shape, by the side of the picture. A diamond and the circle
-# of its area have 0.83; renders, blurred as an autoencoder may blur, at least 0.85 at 128 pixels and 0.86 at 64.
-WORST_FIT = {64: 0.7, 128: 0.84}
-CHUNK = {64: 32, 128: 8}  # pictures that fit the cache, likewise
+# Intersection over union below which a thing has no known shape. A diamond and the circle of its area have 0.83;
+# renders, blurred as an autoencoder may blur, at least 0.85.
+WORST_FIT = 0.84
+CHUNK = 8  # pictures that fit the cache
+UNIT = SIDE // 64  # pixels in a unit of length
 
 
 def read(images: Tensor) -> list[Scene]:
     """What each picture shows, as a canonical complete scene (see `Scene`); (b, 3, h, w) in [-1, 1].
 
     Any picture is accepted: without things, `things=()`; of more than three, the largest three count; an attribute that
-    cannot be determined is None. Pictures of 128 pixels and more are read at 128, smaller ones at 64; others are
-    resized first. Raises ValueError for any other tensor shape.
+    cannot be determined is None. Pictures are read at SIDE × SIDE pixels, others are resized first.
+    Raises ValueError for any other tensor shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width)")
     images = images.detach().float().cpu().nan_to_num().clamp(-1, 1) / 2 + 0.5
-    side = 64 if min(images.shape[-2:]) < 128 else 128
-    if images.shape[-2:] != (side, side):
-        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return [scene for chunk in images.split(CHUNK[side]) if len(chunk) for scene in read_chunk(chunk)]
+    if images.shape[-2:] != (SIDE, SIDE):
+        images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+    return [scene for chunk in images.split(CHUNK) if len(chunk) for scene in read_chunk(chunk)]
 
 
 def read_chunk(images: Tensor) -> list[Scene]:
@@ -69,7 +70,7 @@ def read_chunk(images: Tensor) -> list[Scene]:
     things = [[] for _ in images]
     for row, color, far, shape, overlap, fit in zip(*find_things(images, sheet), strict=True):
         name = COLORS[color] if far < COLOR_REACH else None
-        things[row].append((name, SHAPES[shape] if overlap > WORST_FIT[images.shape[-1]] else None, *fit))
+        things[row].append((name, SHAPES[shape] if overlap > WORST_FIT else None, *fit))
     return [arrange(*found) for found in zip(things, grounds, textures, strict=True)]
 
 
@@ -139,13 +140,8 @@ def find_components(mask: Tensor) -> Tensor:
     areas.scatter_add_(1, numbers, torch.ones_like(numbers))
     areas[:, 0] = 0  # label 0 is the ground
     area, label = areas.topk(3, dim=1)
-    label = label.masked_fill(area < SMALLEST * unit(mask) ** 2, -1)
+    label = label.masked_fill(area < SMALLEST * UNIT ** 2, -1)
     return labels[:, None] == label[:, :, None, None]
-
-
-def unit(pictures: Tensor) -> int:
-    """Pixels per unit of length of pictures (…, h, h): 1 or 2."""
-    return pictures.shape[-1] // 64
 
 
 def grow(pictures: Tensor, times: int = 1) -> Tensor:
@@ -166,12 +162,12 @@ def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component:
     in the component and up to two units around it, outside other components.
     """
     solid = component.float()
-    core = 1 - grow(1 - solid, unit(solid))  # eroded by one unit
-    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6 * unit(solid) ** 2, core, solid)
+    core = 1 - grow(1 - solid, UNIT)  # eroded by one unit
+    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6 * UNIT ** 2, core, solid)
     color = (images * core[:, None]).sum(dim=(2, 3)) / core.sum(dim=(1, 2))[:, None]
     full = color[:, :, None, None] - sheet
     alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
-    around = grow(solid, 2 * unit(solid)).bool() & (component | ~any_component)
+    around = grow(solid, 2 * UNIT).bool() & (component | ~any_component)
     return (2 * alpha - 0.5).clamp(0, 1) * around, color  # twice as steep: reduces blur and noise
 
 
@@ -193,7 +189,7 @@ def fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, y = pixel_grid(size)
     pixels = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
     center_x, center_y = (alpha * x).sum(dim=(1, 2)) / pixels, (alpha * y).sum(dim=(1, 2)) / pixels
-    area = pixels / unit(alpha) ** 2
+    area = pixels / UNIT ** 2
     overlaps, fits = [], []
     for shape in SHAPES:
         unit_area, below = shape_moments(shape)

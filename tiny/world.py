@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+SIDE = 128  # pixels of a picture, unless another size is asked for
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 SIZES = ("small", "medium", "large")
@@ -195,12 +196,12 @@ def pixel_grid(size: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.meshgrid(steps, steps, indexing="xy"))
 
 
-def coverage(distance: Tensor, size: int = 64) -> Tensor:
+def coverage(distance: Tensor, size: int = SIDE) -> Tensor:
     """Share of each pixel that lies inside, from the signed distance (64-pixel units) of its center."""
     return (0.5 - distance * (size / 64)).clamp(0, 1)
 
 
-def texture_sheets(size: int = 64) -> Tensor:
+def texture_sheets(size: int = SIDE) -> Tensor:
     """Lightness pattern of each of TEXTURES, (4, size, size): 0 plain, -1 dark shade, +1 light shade; fixed phase."""
     x, y = pixel_grid(size)
     diagonal = torch.remainder((x + y) / math.sqrt(2), 16)
@@ -216,7 +217,7 @@ def ground_sheets(size: int) -> Tensor:
     return (GROUND_RGB[:, None, :, None, None] + SHADE * texture_sheets(size)[None, :, None]).clamp(0, 1)
 
 
-def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = 64) -> Tensor:
+def render(scenes: Sequence[Scene], seed: int | None = 0, size: int = SIDE) -> Tensor:
     """Pictures of complete scenes, (b, 3, size, size) float32 in [-1, 1], anti-aliased.
 
     Position and radius jitter a little by `seed` and the scene's index in the batch; None places things exactly.

@@ -17,23 +17,20 @@ from .loop import chunks, loaded, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's
-SIZE = 128  # pixels of a picture's side
 
 
 @dataclass
 class Data:
-    """The training set: complete scenes, the seed of their captions and the share of wrong values in these, and the
-    pictures' side in pixels."""
+    """The training set: complete scenes, the seed of their captions and the share of wrong values in these."""
 
     scenes: list[Scene]
     seed: int
     wrong: float = 0.0
-    size: int = SIZE
 
     @classmethod
-    def sample(cls, count: int, seed: int, wrong: float = 0.0, size: int = SIZE) -> "Data":
+    def sample(cls, count: int, seed: int, wrong: float = 0.0) -> "Data":
         rng = random.Random(seed)
-        return cls([sample_scene(rng) for _ in range(count)], seed, wrong, size)
+        return cls([sample_scene(rng) for _ in range(count)], seed, wrong)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
         """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty.
@@ -46,7 +43,7 @@ class Data:
         return ["" if rng.random() < 0.1 else caption for caption in captions]
 
     def pictures(self, rows: Tensor, seed: int) -> Tensor:
-        return render([self.scenes[row] for row in rows.tolist()], seed, self.size)
+        return render([self.scenes[row] for row in rows.tolist()], seed)
 
 
 @torch.no_grad()

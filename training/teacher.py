@@ -1,6 +1,5 @@
 """`tiny-sd3` as the teacher in distillation: its conditioning and its velocities with guidance."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,6 @@ class Teacher(nn.Module):
         super().__init__()
         where = {"dtype": torch.float32, "device": device}
         self.folder, self.device = folder, device
-        self.size = json.loads((folder / "sampling.json").read_text())["height"]  # of its pictures, which are square
         clip_l, clip_g, t5 = TOKENIZERS
         self.tokenizers = [ClipTokenizer(folder / clip_l), ClipTokenizer(folder / clip_g), T5Tokenizer(folder / t5)]
         *clips, self.t5 = (trusting(load_text_encoder(folder / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))

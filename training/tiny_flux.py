@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import MMDiT, MMDiTConfig
+from tiny.world import SIDE
 from weights import BUNDLED, load_transformer
 
 from .data import LENGTH, Data, noised
@@ -26,7 +27,7 @@ from .tiny_sd3 import start_at_zero
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
-SAMPLING = {"steps": 20, "guidance": 4.5, "height": 64, "width": 64, "prompt_tokens": LENGTH, "world": "tiny",
+SAMPLING = {"steps": 20, "guidance": 4.5, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
             "repulsion": {"strength": 1.0, "steps": 4}}
 
 
@@ -98,7 +99,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     teacher = Teacher(args.teacher, args.device)
-    data = Data.sample(args.scenes, args.seed, size=teacher.size)
+    data = Data.sample(args.scenes, args.seed)
     encoders = FluxTextEncoders(teacher)
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
@@ -106,7 +107,7 @@ def main() -> None:
             args.batch, args.lr, args.minutes)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
-                SAMPLING | {"height": teacher.size, "width": teacher.size})
+                SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
 

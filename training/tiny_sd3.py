@@ -29,9 +29,10 @@ from mmdit import (
     T5Encoder,
     T5Tokenizer,
 )
+from tiny.world import SIDE
 from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from .data import LENGTH, SHIFT, SIZE, Data, encode, noised
+from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, train
 from .teacher import TOKENIZERS, sd3_condition, trusting
@@ -40,7 +41,7 @@ from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, context_dim=128, pooled_dim=32,
                           position="table", position_table_size=16)
-SAMPLING = {"steps": 20, "guidance": 3.0, "height": SIZE, "width": SIZE, "world": "tiny",
+SAMPLING = {"steps": 20, "guidance": 3.0, "height": SIDE, "width": SIDE, "world": "tiny",
             "repulsion": {"strength": 4.0, "steps": 4, "blocks": "first", "branches": "conditional"}}
 
 

@@ -18,6 +18,7 @@ from tqdm import trange
 
 from mmdit import MMDiT
 from sampler import denoise, sigmas
+from tiny.world import SIDE
 from weights import BUNDLED, load_transformer
 
 from .data import Data
@@ -30,7 +31,7 @@ STEPS = 4
 FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 4.5
 CHUNK = 512  # trajectories sampled at once
-SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": 64, "width": 64, "world": "tiny",
+SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": SIDE, "width": SIDE, "world": "tiny",
             "repulsion": {"strength": 2.0, "steps": 1}}
 
 
@@ -48,9 +49,9 @@ def captions_of(data: Data, chunk: int) -> list[str]:
 def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
     """The teacher's trajectories from noise to picture, at the student's levels: (b, STEPS + 1, c, H, W) float16."""
     levels = noise_levels((STEPS - 1) * FINE + 1)
-    config = teacher.transformer.config
+    channels, side = teacher.transformer.config.latent_channels, SIDE // teacher.autoencoder.config.downscale
     condition = teacher.condition(*[ids.to(teacher.device) for ids in teacher.tokenize(captions)])
-    shape = (len(captions), config.latent_channels, 16, 16)
+    shape = (len(captions), channels, side, side)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device)
     guidance, way = torch.full((1, len(x)), GUIDANCE, device=teacher.device), [x]
 
@@ -121,7 +122,7 @@ def main() -> None:
     distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr,
             args.minutes)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
-               SHIFT, SAMPLING | {"height": teacher.size, "width": teacher.size})
+               SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 
 

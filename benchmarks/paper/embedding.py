@@ -19,12 +19,16 @@ from training.loop import train
 
 FILE = Path(__file__).parent / "embedding.pt"
 WIDTH = 32  # numbers for a picture
+SIDE = 64  # pixels that it looks at
 PLACES = [name for names in ARRANGEMENTS.values() for name in names]
 PAIRS = [(shape, value) for shape in SHAPES for value in (*COLORS, *SIZES)]
 
 
 class Embedding(nn.Module):
-    """Pictures (b, 3, 64, 64) in [-1, 1] → (b, WIDTH); over renders each number has mean 0 and deviation 1."""
+    """Pictures (b, 3, h, h) in [-1, 1], looked at in SIDE × SIDE pixels → (b, WIDTH).
+
+    Over renders of the size it was trained on each number has mean 0 and deviation 1.
+    """
 
     def __init__(self):
         super().__init__()
@@ -37,6 +41,8 @@ class Embedding(nn.Module):
         self.register_buffer("deviation", torch.ones(WIDTH))
 
     def forward(self, pictures: Tensor) -> Tensor:
+        if pictures.shape[-2:] != (SIDE, SIDE):
+            pictures = F.interpolate(pictures, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         return (self.body(pictures) - self.mean) / self.deviation
 
     @classmethod

@@ -1,109 +1,103 @@
-"""Figures of the results: fronts and ablations, as PNG and SVG; and every method's pictures on the same seeds."""
+"""Figures of the results: the verdict and the ablations, as PNG and SVG; and sheets of pictures."""
 
 from pathlib import Path
 
-import matplotlib
-from matplotlib import pyplot
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..sheets import sheet
-from .plan import KNOBS, REGIMES, ablations
+from .plan import REGIMES
+from .results import OURS, Result, Results
 from .run import pictures
-from .tables import AS_SHIPPED, Result, Results, best, front
 
-matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.hashsalt": "figures", "font.size": 11, "axes.spines.top": False,
-                            "axes.spines.right": False, "legend.frameon": False})
-COLORS = {  # one for each method, the same in every figure
-    AS_SHIPPED: "#000000", "contextual repulsion": "#c1121f", "away from the mean": "#e5989b",
-    "image-token repulsion": "#f4a261", "CADS": "#2a9d8f", "particle guidance": "#457b9d", "SPARKE": "#1d3557",
-    "DiverseFlow": "#8d99ae", "group selection": "#7b2cbf", "lower guidance": "#6a994e",
-    "interval guidance": "#a7c957", "Feature Self-Guidance": "#b5651d", "DAVE": "#bc6c25", "STRIDE": "#e9c46a",
-    "coupled noise": "#48cae4", "pink noise": "#ff8fab", "seed variance": "#52796f", "CNO": "#6d597a",
-    "first step from the teacher": "#adb5bd",
-}  # fmt: skip
-PRICES = {"adherence": "lost adherence, points of 100", "wrong_pixels": "more wrong pixels in a picture"}
-SHOWN = {"adherence": 12, "wrong_pixels": 250}  # the price at which a panel ends
+STYLE = {"svg.hashsalt": "figures", "font.size": 15, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False}
+RED, BLUE, GREEN, GREY = "#c1121f", "#1f6fb4", "#2f8f4e", "#bbbbbb"
+SHOWN = 6  # points of lost adherence at which a panel ends
+DRAWN = "blocks", "place", "objective"  # of the ablations
 GRID_PROMPTS = ["a circle", "a star above a ring"]
 
 
-def save(figure: pyplot.Figure, folder: Path, name: str) -> None:
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    pyplot.close(figure)
+def colors_of(results: Results, model: str) -> dict[str, str]:
+    """Contextual repulsion and its two closest rivals; all others are grey."""
+    ranked = results.ranked(model)
+    closest = [method for method in ranked if method != OURS][:2]
+    return {**({OURS: RED} if OURS in ranked else {}), **dict(zip(closest, (BLUE, GREEN), strict=False))}
 
 
-def price_of(result: Result, price: str) -> tuple[float, float, float]:
-    """The price and its interval, more being worse."""
-    value, low, high = getattr(result, price)
-    return (-value, -high, -low) if price == "adherence" else (value, low, high)
+@rc_context(STYLE)
+def verdict_figure(results: Results, models: list[str]) -> Figure:
+    """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen."""
+    figure = Figure(figsize=(5.6 * len(models), 6), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
+    for model, panel in zip(models, panels, strict=True):
+        colors = colors_of(results, model)
+        for method, found in results.verdict(model).items():
+            draw_method(panel, list({str(r.setting): r for r in found.values() if r}.values()), colors.get(method))
+        panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
+        panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=(None, SHOWN))
+        lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
+        lines += [panel.plot([], [], "o-", color=GREY, label="others")[0]]
+        lines += panel.plot([], [], "o", color="black", markersize=9, label="base")
+        panel.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, handlelength=1.2)
+    panels[0].set_ylabel("Vendi score × base")
+    return figure
 
 
-def fronts_figure(results: Results, models: list[str], price: str, folder: Path) -> None:
-    """Gain against a price, a panel a checkpoint: all settings as faint dots, the front of each method as a line."""
-    figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4.8), layout="constrained",
-                                     squeeze=False)
-    for model, panel in zip(models, panels[0], strict=True):
-        for method, found in results.fronts(model).items():
-            draw_front(panel, method, found, price)
-        panel.plot(0, 1, "k+", markersize=12)
-        panel.annotate("base", (0, 1), xytext=(6, -12), textcoords="offset points")
-        panel.set(title=f"{model}: {REGIMES[model]}", xlabel=PRICES[price], xlim=(-SHOWN[price] / 6, SHOWN[price]))
-    panels[0][0].set_ylabel("Vendi score of the attributes × base")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
-    save(figure, folder, f"fronts-{price.replace('_', '-')}")
+def draw_method(panel: Axes, found: list[Result], color: str | None) -> None:
+    """A line from the base through a method's settings by rising loss; intervals where it has a color."""
+    found = sorted((r for r in found if -r.adherence[0] <= SHOWN), key=lambda r: -r.adherence[0])
+    points = [(0.0, 1.0), *[(-r.adherence[0], r.gain[0]) for r in found]]
+    panel.plot(*zip(*points, strict=True), "-", color=color or GREY, lw=3 if color else 1.2, zorder=3 if color else 1)
+    panel.plot(*zip(*points[1:], strict=True) if found else ([], []), "o", color=color or GREY,
+               markersize=9 if color else 5, zorder=4 if color else 2)
+    for r in found if color else ():
+        (x, high, low), (y, bottom, top) = (-value for value in r.adherence), r.gain
+        panel.errorbar(x, y, [[y - bottom], [top - y]], [[x - low], [high - x]], color=color, alpha=0.45, lw=1.5)
 
 
-def draw_front(panel: Axes, method: str, found: list[Result], price: str) -> None:
-    color, bold = COLORS[method], method == "contextual repulsion"
-    def shown(results: list[Result]) -> list[tuple]:
-        return [(price_of(r, price), r.gain) for r in results if price_of(r, price)[0] <= SHOWN[price]]
-    panel.scatter([x[0] for x, _ in shown(found)], [y[0] for _, y in shown(found)], s=14, color=color, alpha=0.35)
-    points = shown(front(found, price))
-    panel.plot([x[0] for x, _ in points], [y[0] for _, y in points], "o-", color=color, label=method,
-               linewidth=2.6 if bold else 1.3, markersize=6 if bold else 4, zorder=3 if bold else 2)
-    for (x, x_low, x_high), (y, y_low, y_high) in points:
-        panel.errorbar(x, y, [[y - y_low], [y_high - y]], [[x - x_low], [x_high - x]], color=color, alpha=0.3, lw=0.8)
-
-
-def ablations_figure(results: Results, models: list[str], folder: Path) -> None:
+@rc_context(STYLE)
+def ablations_figure(results: Results, models: list[str], names: list[str]) -> Figure:
     """One row of panels a checkpoint, one panel an ablation: gain as bars, change of adherence written on them."""
-    names = [name for name in ablations(models[0]) if name not in KNOBS and results.ablation(models[0], name)]
-    if not names:
-        return
-    figure, panels = pyplot.subplots(len(models), len(names), figsize=(4.2 * len(names), 3.4 * len(models)),
-                                     layout="constrained", squeeze=False, sharey=True)
+    figure = Figure(figsize=(5.6 * len(names), 4.2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(names), squeeze=False, sharey=True)
     for model, line in zip(models, panels, strict=True):
         for name, panel in zip(names, line, strict=True):
             found = results.ablation(model, name)
             for i, r in enumerate(found.values()):
                 value, low, high = r.gain
-                panel.bar(i, value - 1, bottom=1, color=COLORS["contextual repulsion"], alpha=0.8)
-                panel.errorbar(i, value, [[value - low], [high - value]], color="black", lw=1)
+                panel.bar(i, value - 1, bottom=1, color=RED, alpha=0.8)
+                panel.errorbar(i, value, [[value - low], [high - value]], color="black", lw=1.5)
                 panel.annotate(f"{r.adherence[0]:+.1f}", (i, high), xytext=(0, 3), textcoords="offset points",
-                               ha="center", fontsize=9)
+                               ha="center", fontsize=14)
             panel.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
             panel.set_title(f"{model}: {name}")
             panel.margins(y=0.15)
-        line[0].set_ylabel("Vendi × base")
+        line[0].set_ylabel("Vendi score × base")
     figure.suptitle("Contextual repulsion as shipped but for one thing; above each bar the change of adherence, points")
-    save(figure, folder, "ablations")
+    return figure
 
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
-    """What every method paints from the same seeds, at the setting of the table."""
-    ways = {"base": {}, **{method: best(found).setting for method, found in results.fronts(model).items()}}
+    """What the base, contextual repulsion and its closest rivals paint from the same seeds, as the table has them."""
+    ranked = results.ranked(model)
+    ways = {"base": {}, **{method: ranked[method].setting for method in colors_of(results, model)}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")
 
 
+@rc_context(STYLE)
 def all_figures(results: Results, models: list[str], folder: Path) -> None:
     """Every figure that the results are enough for."""
     folder.mkdir(parents=True, exist_ok=True)
-    for price in PRICES:
-        fronts_figure(results, models, price, folder)
-    ablations_figure(results, models, folder)
-    for model in models:
+    judged = [model for model in models if results.verdict(model)]
+    ablated = [name for name in DRAWN if any(results.ablation(model, name) for model in models)]
+    figures = {**({"verdict": verdict_figure(results, judged)} if judged else {}),
+               **({"ablations": ablations_figure(results, models, ablated)} if ablated else {})}
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    for model in judged:
         grid_figure(results, model, folder)

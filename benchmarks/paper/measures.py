@@ -28,9 +28,9 @@ from tiny.world import (
     signed_distance,
 )
 
-from ..interpolate import blur
 from .embedding import WIDTH, Embedding
 
+Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
 CLEARLY = 0.25  # a pixel is wrong where a channel is off by more than this share of its range
 
 
@@ -40,20 +40,21 @@ def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> d
     vendi: of the attributes, 1 to the number of pictures; vendi_embedding: likewise, of `Embedding`
     adherence: share of the prompted attributes that are present, 0 to 1
     unreadable: share of a picture's attributes that the reader cannot tell, 0 to 1
-    wrong_pixels: how many pixels differ clearly from the closest picture that the world's renderer can draw
-    blur: see `benchmarks.interpolate.blur`, levels of 255
+    wrong_pixels: of 10,000, how many differ clearly from the closest picture that the world's renderer can draw
     scenes, embedding: what each picture shows, and where it lies
     """
     pixels = to_pixels(pictures)
     scenes, vectors = read(pixels), embedding(pixels)
     asked = parse(prompt)
-    return {
+    numbers = {
         "vendi": vendi_score(attribute_vectors(scenes)).item(),
         "vendi_embedding": vendi_score(vectors).item(),
         "adherence": mean([adherence(asked, scene) for scene in scenes]),
         "unreadable": mean([unreadable(scene) for scene in scenes]),
         "wrong_pixels": mean(wrong_pixels(pixels)),
-        "blur": mean(blur(pictures)),
+    }
+    return {
+        **{name: round(number, 6) for name, number in numbers.items()},
         "scenes": [to_text(scene) for scene in scenes],
         "embedding": base64.b64encode(vectors.half().numpy().tobytes()).decode(),
     }  # fmt: skip
@@ -71,10 +72,11 @@ def unreadable(scene: Scene) -> float:
     return values.count(None) / len(values)
 
 
-def wrong_pixels(pixels: Tensor) -> list[int]:
-    """Pixels that are clearly not what the world's renderer would draw there: (b, 3, h, h) → b counts, h 64 or 128."""
+def wrong_pixels(pixels: Tensor) -> list[float]:
+    """Of 10,000 pixels, those that are clearly not what the world's renderer would draw there: (b, 3, h, h) → b
+    numbers, h 64 or 128."""
     off = (pixels - closest_render(pixels)).abs().amax(dim=1) / 2
-    return (off > CLEARLY).sum(dim=(1, 2)).tolist()
+    return (1e4 * (off > CLEARLY).double().mean(dim=(1, 2))).tolist()
 
 
 def closest_render(images: Tensor) -> Tensor:
@@ -112,8 +114,13 @@ def vectors_of(row: dict) -> Tensor:
 
 
 def vendi_of_pairs(scenes: Sequence[Scene]) -> float:
-    """Mean Vendi score of the attributes over all pairs, 1 to 2: it can be compared between batches of any size."""
-    return mean([vendi_score(attribute_vectors(pair)).item() for pair in combinations(scenes, 2)])
+    """Mean Vendi score of the attributes over all pairs, 1 to 2: it can be compared between batches of any size.
+
+    Two pictures that share so much of their attributes have the eigenvalues (1 ± shared) / 2.
+    """
+    shared = torch.stack([torch.dot(*attribute_vectors(pair)) for pair in combinations(scenes, 2)])
+    low, high = (1 - shared) / 2, (1 + shared) / 2
+    return (torch.special.entr(low) + torch.special.entr(high)).exp().mean().item()
 
 
 def values_reached(prompt: str, scenes: Sequence[Scene]) -> float:
@@ -148,15 +155,27 @@ def kernel_distance(found: Tensor, wanted: Tensor) -> float:
     return (inside - 2 * kernel(found, wanted).mean()).item()
 
 
-def bootstrap(by_prompt: list[Tensor], statistic: Callable[[Tensor], Tensor],
-              draws: int = 2000) -> tuple[float, float, float]:
-    """A statistic of the mean over prompts, and its 95 % interval from drawing prompts, and groups in them, anew.
+def interval(by_prompt: Sequence[Tensor], statistic: Callable[[Tensor], Tensor]) -> Interval:
+    """A statistic of the mean over prompts, with its 95 % interval over the noises: the prompts count as given.
 
+    Stratified jackknife: each group is left out once, and Σ_p (n_p − 1) / n_p Σ_i (θ_pi − mean θ_p)² is the variance;
+    for a mean it is Σ_p s_p² / n_p over the squared number of prompts. Where a prompt has one group only, the groups'
+    spread is unknown, and the interval is over the prompts: these are left out instead. NaN for a single prompt.
     by_prompt: for each prompt its groups (n, k); statistic: (…, k) → (…).
     """
-    generator = torch.Generator().manual_seed(0)
-    means = [g[torch.randint(len(g), (draws, len(g)), generator=generator)].mean(1) for g in by_prompt]
-    picks = torch.randint(len(means), (draws, len(means)), generator=generator)
-    drawn = torch.stack(means, dim=1)[torch.arange(draws)[:, None], picks].mean(1)  # (draws, k)
-    low, high = statistic(drawn).quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-    return statistic(torch.stack([g.mean(0) for g in by_prompt]).mean(0)).item(), low, high
+    if any(len(groups) == 1 for groups in by_prompt):
+        by_prompt = over_prompts(by_prompt)
+    means = torch.stack([groups.mean(0) for groups in by_prompt])
+    variance = torch.zeros((), dtype=means.dtype)
+    for groups, own in zip(by_prompt, means, strict=True):
+        n = len(groups)
+        without = (n * own - groups) / (n - 1)
+        left_out = statistic(means.mean(0) + (without - own) / len(means))
+        variance += (n - 1) / n * (left_out - left_out.mean()).square().sum()
+    value, half = statistic(means.mean(0)).item(), 1.96 * variance.sqrt().item()
+    return value, value - half, value + half
+
+
+def over_prompts(by_prompt: Sequence[Tensor]) -> list[Tensor]:
+    """What `interval` takes for an interval over the prompts: their means, as the groups of one."""
+    return [torch.stack([groups.mean(0) for groups in by_prompt])]

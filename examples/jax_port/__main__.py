@@ -30,7 +30,7 @@ if args.kit:
     save_file(paint(weights, kit, kit if args.fed else {}, checked=True, **settings), args.out)
 else:
     ids = tokenize(args.checkpoint, args.prompt)
-    noise = np.random.default_rng(0).standard_normal((len(args.prompt) * args.images, 6, 16, 16), np.float32)
+    noise = np.random.default_rng(0).standard_normal((len(args.prompt) * args.images, 16, 16, 16), np.float32)
     pixels = paint(weights, ids | {"noise": noise}, {}, **settings)["pixels"]
     args.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(np.asarray(pixels)):

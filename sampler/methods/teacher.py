@@ -51,7 +51,7 @@ class TeacherFirst(Method):
 
     def of_teacher(self, velocity: GuidedVelocity, x: Tensor) -> GuidedVelocity:
         """The teacher's guided velocity, for the prompt and references of the student's."""
-        teacher = load(self.teacher, str(x.device))
+        teacher = load(self.teacher, str(x.device), velocity.transformer.module.image_in.weight.dtype)
         if teacher.config.latent_channels != x.shape[1]:
             raise ValueError(f"the teacher {self.teacher} makes latents of {teacher.config.latent_channels} channels, "
                              f"this model of {x.shape[1]}: give the model that it was distilled from")
@@ -71,8 +71,8 @@ class TeacherFirst(Method):
 
 
 @lru_cache(maxsize=1)
-def load(name: str, device: str):
-    """The teacher's pipeline, kept for the next call."""
+def load(name: str, device: str, dtype: torch.dtype):
+    """The teacher's pipeline, which computes in the few-step model's dtype, kept for the next call."""
     from ..pipeline import Pipeline  # which imports this module
 
-    return Pipeline.load(name, device=device)
+    return Pipeline.load(name, dtype, device)

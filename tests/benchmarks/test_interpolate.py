@@ -53,7 +53,7 @@ def test_both_rows_start_with_the_sources_picture_and_only_the_latent_one_ends_w
 
 
 def test_latents_stay_on_the_line_as_long_as_they_are_held(pipeline):
-    noise = starting_noise(0, 3, (6, 16, 16))
+    noise = starting_noise(0, 3, (16, 16, 16))
     noise[0] = noise[1:].mean(0)
     decode, latents = pipeline.autoencoder.decode, []
     pipeline.autoencoder.decode = lambda latent: latents.append(latent) or decode(latent)
@@ -69,7 +69,7 @@ def test_latents_stay_on_the_line_as_long_as_they_are_held(pipeline):
 
 
 def test_the_context_at_alpha_1_is_the_targets_and_the_last_two_stay(pipeline):
-    noise = torch.cat([starting_noise(3, 1, (6, 16, 16)).expand(2, -1, -1, -1), starting_noise(8, 1, (6, 16, 16))])
+    noise = torch.cat([starting_noise(3, 1, (16, 16, 16)).expand(2, -1, -1, -1), starting_noise(8, 1, (16, 16, 16))])
     plain = pipeline(PROMPT, 3, steps=4, noise=noise)
     found = pipeline(PROMPT, 3, steps=4, noise=noise, repulsion=ContextInterpolation((1.0,), EVERYWHERE))
     assert all(map(close, found[1:], plain[1:])) and not close(found[0], plain[0])

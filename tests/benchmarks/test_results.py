@@ -1,4 +1,9 @@
-"""The committed results of the experiments: all that was planned, nothing else, and a row of each regime again."""
+"""The committed results of the experiments: nothing that was not planned, and rows of each regime again.
+
+Every row names the checkpoint that painted it by a checksum. Where a bundled checkpoint has changed since, its rows can
+no longer be made again: then the page has to say so, which is checked first, and the rest is left out until the
+experiments have run again.
+"""
 
 import json
 from pathlib import Path
@@ -6,49 +11,56 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper import measures, plan, tables
-from benchmarks.paper.run import finished, paint
+from benchmarks.paper.results import Results
+from benchmarks.paper.run import finished, paint, stale
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
+PAGE = (FOLDER.parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
 ROWS = finished(FOLDER / "groups.jsonl")
-# planned since these results were made: the next run of the experiments paints them, and this line goes
-NOT_YET = {*plan.STRENGTHS, "Feature Self-Guidance", "first step from the teacher"}
+OLD = stale(ROWS)
+current = pytest.mark.skipif(bool(OLD), reason=f"measured with earlier weights of {', '.join(OLD)}, as the page says")
 
 
-def job_of(row):
-    fields = {name: row[name] for name in plan.Job.__dataclass_fields__}
-    return plan.Job(**{**fields, "setting": json.dumps(row["setting"])})
+def test_the_page_says_where_results_are_of_earlier_weights():
+    assert ROWS and (f"earlier weights of {', '.join(OLD)}" in PAGE if OLD else "earlier weights" not in PAGE)
 
 
+@current
 @pytest.mark.parametrize("model", plan.REGIMES)
-def test_every_group_that_was_planned_is_there_once(model):
-    rows = [row for row in ROWS if row["model"] == model]
-    planned = {job.key for job in plan.jobs([model], plan.SIZES["small"]) if job.method not in NOT_YET}
-    painted = [job_of(row).key for row in rows]
-    assert len(painted) == len(set(painted)) and {*painted} == planned
+def test_every_group_was_planned_and_is_there_once(model):
+    stages = plan.stages([model], plan.SIZES["full"], Results(ROWS).finalists)  # whose choice is computed again
+    planned = {job.key for _, jobs in stages for job in jobs}
+    painted = [plan.Job.of(row).key for row in ROWS if row["model"] == model]
+    assert painted and len(painted) == len(set(painted)) and planned.issuperset(painted)
 
 
-@pytest.mark.parametrize("setting", [{}, {"repulsion": {}}], ids=["base", "repelled"])
+@current
+@pytest.mark.parametrize("which", ["base", "repelled", "painted last"])
 @pytest.mark.parametrize("model", plan.REGIMES)
-def test_a_committed_row_comes_out_again(model, setting):
-    (row,) = (row for row in ROWS if (row["model"], row["setting"], row["prompt"], row["seed"], row["images"])
-              == (model, setting, "a ring at the bottom", 0, plan.GROUP))
-    again = paint(job_of(row))
-    for name in ("scenes", "adherence", "unreadable"):  # read off the pictures: whole numbers behind all of them
+def test_a_committed_row_comes_out_again(model, which):
+    setting = {} if which == "base" else plan.but(model)
+    wanted = setting, "a ring at the bottom", 0
+    *_, row = (row for row in ROWS if row["model"] == model and row["images"] == plan.GROUP and (
+        which == "painted last" or (row["setting"], row["prompt"], row["seed"]) == wanted))
+    again = paint(plan.Job.of(row))
+    for name in ("checkpoint", "scenes", "adherence", "unreadable", "vendi"):  # what the reader reads, all of it
         assert again[name] == row[name], name
-    assert again["vendi"] == pytest.approx(row["vendi"], rel=1e-9)
     # Another machine adds in another order: a pixel may round to the other side, and one at the edge counts or not.
-    assert again["wrong_pixels"] == pytest.approx(row["wrong_pixels"], abs=2)
-    found, wanted = measures.vectors_of(again), measures.vectors_of(row)
-    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+    assert again["wrong_pixels"] == pytest.approx(row["wrong_pixels"], abs=5)
+    found, before = measures.vectors_of(again), measures.vectors_of(row)
+    assert (found - before).norm() <= 0.02 * before.norm()
 
 
+@current
 def test_the_tables_are_those_of_the_rows():
-    costs = json.loads((FOLDER / "costs.json").read_text())
-    assert tables.report(ROWS, costs) == (FOLDER / "tables.md").read_text(encoding="utf-8")
+    costs = FOLDER / "costs.json"
+    made = tables.report(ROWS, json.loads(costs.read_text()) if costs.exists() else [])
+    assert made == (FOLDER / "tables.md").read_text(encoding="utf-8")
 
 
 def test_the_page_quotes_the_tables():
-    page = (FOLDER.parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
-    quoted = [line for line in page.splitlines() if line.startswith("|") and "---" not in line]
     made = (FOLDER / "tables.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in PAGE.splitlines() if line.startswith("|") and "---" not in line]
     assert quoted and not [line for line in quoted if line not in made]
+    (painted,) = (line for line in made if line.startswith("Painted so far: "))
+    assert painted in PAGE  # a part of the plan does not pass for the whole

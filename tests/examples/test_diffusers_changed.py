@@ -18,7 +18,7 @@ from repulsion import Repulsion
 from sampler import Pipeline, starting_noise
 
 FLUX, SD3 = weights.BUNDLED["tiny-flux"], weights.BUNDLED["tiny-turbo"]
-NOISE = starting_noise(3, 3, (6, 16, 16))
+NOISE = starting_noise(3, 3, (16, 16, 16))
 STRONG = Repulsion(strength=1.0, steps=2)
 
 
@@ -31,7 +31,8 @@ def load(folder):
 
 def paint(pipe, repulsion=None):
     flux = isinstance(pipe, diffusers.FluxPipeline)
-    call = {"num_images_per_prompt": 3, "num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 24,
+    call = {"num_images_per_prompt": 3, "num_inference_steps": 4, "height": 128, "width": 128,
+            "max_sequence_length": 24,
             "latents": rearrange(NOISE, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2) if flux else NOISE,
             "guidance_scale": 4.5 if flux else 0.0}
     if repulsion is None:

@@ -20,7 +20,7 @@ from sampler import Pipeline, SkipLayerGuidance, starting_noise
 
 KINDS = {"tiny-sd3": diffusers.StableDiffusion3Pipeline, "tiny-flux": diffusers.FluxPipeline,
          "tiny-turbo": diffusers.StableDiffusion3Pipeline}
-NOISE = starting_noise(3, 4, (6, 16, 16))
+NOISE = starting_noise(3, 4, (16, 16, 16))
 STRONG = Repulsion(strength=1.0, steps=2)
 
 
@@ -46,7 +46,7 @@ def paint(pipe, prompt="a circle", noise=NOISE, **call):
     """With diffusers: the pictures of one prompt, or of several, which share the noise in equal parts."""
     prompts = 1 if isinstance(prompt, str) else len(prompt)
     latents = packed(noise) if isinstance(pipe, diffusers.FluxPipeline) else noise
-    call = {"num_inference_steps": 4, "height": 64, "width": 64, "max_sequence_length": 24} | call
+    call = {"num_inference_steps": 4, "height": 128, "width": 128, "max_sequence_length": 24} | call
     return pipe(prompt, num_images_per_prompt=len(noise) // prompts, latents=latents, **call).images
 
 
@@ -247,6 +247,6 @@ def test_the_readme_s_lines_paint_what_ours_paint(monkeypatch):
     torch.manual_seed(0)
     names, quick = {}, "num_images_per_prompt=3, num_inference_steps=6"
     exec(code.replace("num_images_per_prompt=8", quick), names)
-    noise, repulsion = torch.randn((3, 6, 16, 16), generator=torch.manual_seed(0)), Repulsion(strength=1.0, steps=4)
+    noise, repulsion = torch.randn((3, 16, 16, 16), generator=torch.manual_seed(0)), Repulsion(strength=1.0, steps=4)
     wanted = Pipeline.load("tiny-sd3")("a circle", 3, noise=noise, steps=6, guidance=3.0, repulsion=repulsion)
     assert_same_pictures(names["pictures"], wanted)

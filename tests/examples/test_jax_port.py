@@ -51,7 +51,7 @@ def test_it_passes_the_kit(tmp_path, network, images, push):
 
 def test_its_pictures_are_ours(network):
     pipeline, settings = Pipeline.load("tiny-flux", dtype=torch.float32), load(FOLDER)[1] | {"steps": 4}
-    noise = np.random.default_rng(1).standard_normal((4, 6, 16, 16), np.float32)
+    noise = np.random.default_rng(1).standard_normal((4, 16, 16, 16), np.float32)
     found = np.asarray(paint(network, tokenize(FOLDER, PROMPTS) | {"noise": noise}, {}, **settings)["pixels"])
     for i, prompt in enumerate(PROMPTS):
         ours = pipeline(prompt, 2, steps=4, noise=torch.from_numpy(noise[2 * i : 2 * i + 2]),

@@ -135,7 +135,7 @@ def test_token_ids_and_noise_are_those_of_the_prompts_and_the_seed(kit):
     text = Pipeline.load("tiny-sd3").text
     for role, (tokenizer, _) in zip(("clip_l", "clip_g", "t5"), [*text.clips, text.t5], strict=True):
         assert torch.equal(kit.tensors[f"{role}.ids"], tokenizer(["", *PROMPTS], length=24))
-    assert torch.equal(kit.tensors["noise"], starting_noise(0, 4, (6, 16, 16)))
+    assert torch.equal(kit.tensors["noise"], starting_noise(0, 4, (16, 16, 16)))
 
 
 def test_the_pictures_are_those_of_the_pipeline(kit, run, tiny_model):

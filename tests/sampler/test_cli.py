@@ -32,7 +32,7 @@ def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):
         assert all(sum(counts.values()) <= 6 for counts in batch["attributes"].values())
 
     single = Image.open(folder / "repelled-01.png")
-    assert single.size == (64, 64)
+    assert single.size == (128, 128)
     assert single.text["prompt"] == "a circle" and single.text["seed"] == "7" and single.text["index"] == "1"
     assert json.loads(single.text["repulsion"])["scale"] == 1e5
     assert json.loads(Image.open(folder / "base-00.png").text["repulsion"]) is None
@@ -140,7 +140,7 @@ def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_expla
 
 @pytest.mark.parametrize("arguments,message", [
     (["a circle", "--model", "tiny-sd9"], "tiny-sd9 does not exist"),
-    (["a circle", "--width", "60"], "width 60 is no multiple of 8: the nearest that works is 64"),
+    (["a circle", "--width", "60"], "width 60 is no multiple of 16: the nearest that works is 64"),
     (["a circle", "--images", "0"], "images must be at least 1"),
     (["a circle", "--steps", "0"], "steps must be at least 1"),
     (["a circle", "--scale", "-1"], "repulsion scale must be a finite number, 0 or more, got -1.0"),

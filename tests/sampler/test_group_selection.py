@@ -67,7 +67,7 @@ def test_chosen_pictures_are_to_the_bit_those_of_their_seeds(monkeypatch):
     monkeypatch.setattr(GroupSelection, "choose", spy)
     found = pipeline("a ring", 2, seed=2, steps=4, method=GroupSelection(3.0))
     assert [len(indices) for indices in kept] == [8, 4, 2]
-    noise = starting_noise(2, 8, (6, 16, 16))
+    noise = starting_noise(2, 8, (16, 16, 16))
     for picture, index in zip(found, kept[-1], strict=True):
         alone = pixels(pipeline("a ring", 1, noise=noise[index : index + 1], steps=4))
         assert (alone == pixels([picture])).all()

@@ -35,7 +35,7 @@ def oracle():
     ("a square and a cross", 1.0, 8),
 ])  # fmt: skip
 def test_diffusers_reads_the_folder_and_paints_the_same_pictures(pipeline, oracle, prompt, guidance, steps):
-    noise = starting_noise(5, 3, (6, 16, 16))
+    noise = starting_noise(5, 3, (16, 16, 16))
     ours = pixels(pipeline(prompt, 3, noise=noise, steps=steps, guidance=guidance))
     theirs = oracle(prompt, num_images_per_prompt=3, latents=noise, num_inference_steps=steps, guidance_scale=guidance,
                     max_sequence_length=pipeline.text.t5_length).images
@@ -61,7 +61,7 @@ def test_picture_i_is_the_same_in_every_batch(pipeline):
 
 
 def test_noise_replaces_the_seed(pipeline):
-    noise = starting_noise(11, 2, (6, 16, 16))
+    noise = starting_noise(11, 2, (16, 16, 16))
     by_noise = pixels(pipeline("a ring", 2, seed=999, noise=noise, steps=4))
     assert (by_noise == pixels(pipeline("a ring", 2, seed=11, steps=4))).all()
 
@@ -95,7 +95,7 @@ def test_repulsion_acts_in_its_steps_on_both_branches_as_groups(pipeline, monkey
 
 def test_guidance_is_the_classifier_free_formula(pipeline):
     # The velocity is affine in the guidance scale: one step from the same noise, three scales on a line.
-    noise = starting_noise(0, 1, (6, 16, 16))
+    noise = starting_noise(0, 1, (16, 16, 16))
     latents = []
     decode = pipeline.autoencoder.decode
     pipeline.autoencoder.decode = lambda latent: latents.append(latent) or decode(latent)
@@ -137,10 +137,10 @@ def test_pixels_are_rounded_and_clipped():
 @pytest.mark.parametrize("call,message", [
     ({"prompt": ""}, "the prompt is empty"), ({"prompt": "  \n"}, "the prompt is empty"),
     ({"images": 0}, "images must be at least 1, got 0"), ({"steps": 0}, "steps must be at least 1"),
-    ({"height": 60}, "height 60 is no multiple of 8: the nearest that works is 64"),
+    ({"height": 60}, "height 60 is no multiple of 16: the nearest that works is 64"),
     ({"width": -8}, "width -8 is no multiple of 8"), ({"guidance": -1.0}, "guidance must be"),
     ({"guidance": math.nan}, "guidance must be"), ({"height": 512, "width": 512}, "position table ends at 16 × 16"),
-    ({"noise": torch.zeros(2, 6, 8, 8)}, r"noise must have the shape \(2, 6, 16, 16\), got \(2, 6, 8, 8\)"),
+    ({"noise": torch.zeros(2, 16, 8, 8)}, r"noise must have the shape \(2, 16, 16, 16\), got \(2, 16, 8, 8\)"),
     ({"guidance": 1.0, "negative_prompt": "a star"}, "negative_prompt needs classifier-free guidance"),
     ({"prompt": "a red circle and " * 9}, r"the prompt has \d+ tokens and this checkpoint reads 24"),
     ({"image": Image.new("RGB", (64, 64))}, "image: this checkpoint edits no pictures"),

@@ -343,7 +343,7 @@ def test_seed_variance_has_one_noise_for_all_early_steps_that_depends_on_seed_an
 
 @pytest.mark.parametrize("method", [SeedVariance(), STRIDE()], ids=lambda method: type(method).__name__)
 def test_what_a_method_draws_follows_the_seed_of_the_run(pipeline, method):
-    call = {"prompt": "a ring", "images": 2, "steps": 4, "noise": starting_noise(0, 2, (6, 16, 16)), "method": method}
+    call = {"prompt": "a ring", "images": 2, "steps": 4, "noise": starting_noise(0, 2, (16, 16, 16)), "method": method}
     one, other = pipeline(**call, seed=1), pipeline(**call, seed=2)
     assert same(one, pipeline(**call, seed=1)) and not same(one, other)
 
@@ -383,10 +383,23 @@ def test_the_first_velocity_is_that_of_the_teachers_own_pipeline(pipeline, weigh
     assert not torch.allclose(plain.seen[0], own.seen[0], atol=0.1)
 
 
+def test_the_teacher_computes_in_the_dtype_of_the_few_step_model():
+    turbo, seen = Pipeline.load("tiny-turbo", dtype=torch.float64), []
+
+    class Noted(TeacherFirst):
+        def of_teacher(self, velocity, x):
+            taught = super().of_teacher(velocity, x)
+            seen.extend({p.dtype for p in taught.transformer.module.parameters()})
+            return taught
+
+    turbo("a star", 1, method=Noted(1.0))
+    assert seen == [torch.float64]
+
+
 def test_the_teachers_steps_are_eulers_along_the_first_interval(pipeline):
     # with itself as teacher and as many steps as its schedule has above σ₁, the first interval is the old one in parts
     method = TeacherFirst(3.0, teacher="tiny-sd3", weight=1.0)
-    noise = starting_noise(0, 2, (6, 16, 16))
+    noise = starting_noise(0, 2, (16, 16, 16))
     texts = pipeline.text("a ring")
     plain = GuidedVelocity(pipeline.parts["transformer"], lambda b, *_: tuple(t.expand(b, *t.shape[1:]) for t in texts),
                            4)

@@ -35,10 +35,9 @@ def tensor_of(image):
 
 
 @pytest.mark.parametrize("condition", ["fresh", "blurred and noisy"])
-@pytest.mark.parametrize(("size", "count"), [(64, 1536), (128, 384)])
-def test_reads_what_was_rendered(condition, size, count):
-    scenes = scenes_of(count, seed=9101)
-    pictures = torch.cat([render(scenes[i : i + 64], 91000 + i, size) for i in range(0, len(scenes), 64)])
+def test_reads_what_was_rendered(condition):
+    scenes = scenes_of(512, seed=9101)
+    pictures = torch.cat([render(scenes[i : i + 64], 91000 + i) for i in range(0, len(scenes), 64)])
     if condition != "fresh":
         pictures = blur(pictures, 0.8) + 0.05 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(91))
     found = read(pictures)
@@ -54,10 +53,10 @@ def test_reads_what_was_rendered(condition, size, count):
 
 
 def test_shifted_colors_and_smooth_stains_do_not_mislead():
-    scenes, generator = scenes_of(256, seed=9102), torch.Generator().manual_seed(92)
+    scenes, generator = scenes_of(128, seed=9102), torch.Generator().manual_seed(92)
     pictures = blur(render(scenes, seed=92000), 0.8)
     shifted = pictures + 0.06 * torch.randn(len(scenes), 3, 1, 1, generator=generator)
-    stains = F.interpolate(torch.randn(len(scenes), 3, 8, 8, generator=generator), size=64, mode="bicubic")
+    stains = F.interpolate(torch.randn(len(scenes), 3, 8, 8, generator=generator), size=128, mode="bicubic")
     for spoilt in (shifted, pictures + 0.08 * stains):
         assert sum(a == b for a, b in zip(scenes, read(spoilt), strict=True)) / len(scenes) >= 0.985
 
@@ -84,16 +83,16 @@ def test_a_mirrored_picture_is_read_as_the_mirrored_scene():
 
 def test_reads_a_picture_drawn_by_another_program():
     """Pillow, without anti-aliasing: a large orange disk at the right, a small green one on the left; teal ground."""
-    image = Image.new("RGB", (64, 64), (25, 120, 125))
+    image = Image.new("RGB", (128, 128), (25, 120, 125))
     draw = ImageDraw.Draw(image)
-    draw.ellipse((37, 21, 59, 43), fill=(255, 140, 15))
-    draw.rectangle((10, 26, 21, 37), fill=(45, 185, 50))
+    draw.ellipse((74, 42, 118, 86), fill=(255, 140, 15))
+    draw.rectangle((20, 52, 42, 74), fill=(45, 185, 50))
     (found,) = read(tensor_of(image)[None])
     small, large = Thing("square", "green", "small"), Thing("circle", "orange", "large")
     assert found == Scene((small, large), "left of", "teal", "plain")
 
 
-def test_a_diamond_is_not_a_circle_at_128_pixels():
+def test_a_diamond_is_not_a_circle():
     image = Image.new("RGB", (128, 128), (25, 120, 125))
     draw = ImageDraw.Draw(image)
     draw.ellipse((16, 48, 48, 80), fill=(220, 30, 40))
@@ -104,11 +103,11 @@ def test_a_diamond_is_not_a_circle_at_128_pixels():
 
 
 def test_of_more_than_three_things_the_largest_count():
-    image = Image.new("RGB", (64, 64), (30, 32, 85))
+    image = Image.new("RGB", (128, 128), (30, 32, 85))
     draw = ImageDraw.Draw(image)
     colors = [(220, 30, 40), (252, 228, 40), (45, 185, 50), (252, 252, 252)]
-    for i, (color, half) in enumerate(zip(colors, (6, 3, 6, 5), strict=True)):
-        draw.rectangle((8 + 16 * i - half, 32 - half, 8 + 16 * i + half, 32 + half), fill=color)
+    for i, (color, half) in enumerate(zip(colors, (12, 6, 12, 10), strict=True)):
+        draw.rectangle((16 + 32 * i - half, 64 - half, 16 + 32 * i + half, 64 + half), fill=color)
     (found,) = read(tensor_of(image)[None])
     assert [thing.color for thing in found.things] == ["red", "green", "white"] and found.arrangement == "row"
 

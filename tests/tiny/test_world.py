@@ -132,15 +132,15 @@ def test_shapes_match_an_8x_supersampled_rasterizer(shape, size):
     scene = Scene((Thing(shape, "white", size),), "left", "navy", "plain")
     alpha = alpha_of(render([scene], seed=None)[0], "white", "navy")
     ((center_x, center_y, radius),) = place(scene)
-    steps = (torch.arange(512, dtype=torch.float64) + 0.5) / 8
+    steps = (torch.arange(1024, dtype=torch.float64) + 0.5) / 16
     x, y = torch.meshgrid((steps - center_x) / radius, (steps - center_y) / radius, indexing="xy")
-    exact = inside(shape, x, y).double().view(64, 8, 64, 8).mean(dim=(1, 3))
+    exact = inside(shape, x, y).double().view(128, 8, 128, 8).mean(dim=(1, 3))
     # A half-plane's coverage is exact along the axes and off by at most 0.07 of a pixel at 45 degrees; where two edges
     # share a pixel (12 corners at most) by up to a third; the rasterizer itself rounds an edge to 1/16 of a pixel.
     assert (alpha - exact).abs().max() < 0.34
     assert (alpha - exact).abs().sum() / exact.sum() < 0.05
     # The closed form is exact; a star's tips lose a little to the half-planes.
-    assert abs(alpha.sum() / (AREAS[shape] * radius**2) - 1) < (0.02 if shape == "star" else 0.01)
+    assert abs(alpha.sum() / (4 * AREAS[shape] * radius**2) - 1) < (0.02 if shape == "star" else 0.01)
 
 
 def test_a_larger_picture_shrinks_to_the_smaller_one():
@@ -174,7 +174,7 @@ def test_position_jitter_is_small_seeded_and_independent_of_the_rest_of_the_batc
     centers = []
     for picture in render([circle] * 50, seed=2):
         alpha = alpha_of(picture, "white", "navy")
-        centers.append(((alpha.sum(0) * (torch.arange(64) + 0.5)).sum() / alpha.sum()).item())
+        centers.append(((alpha.sum(0) * (torch.arange(128) + 0.5) / 2).sum() / alpha.sum()).item())
     assert 30.7 < min(centers) < 31.2 and 32.8 < max(centers) < 33.3  # 32 +- 1.25
 
 
