@@ -1,4 +1,4 @@
-"""How the notebooks look: one style, pictures in rows, heat maps with words. Nothing here computes anything."""
+"""How the notebooks look: style, pictures in rows, heat maps with words, diagrams. Nothing here computes anything."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from torch import Tensor
 
 BLUE, RED, GREEN, YELLOW, GRAY = COLORS = ("#2f6690", "#c8553d", "#5b8e7d", "#e0a030", "#8a8a8a")
 
@@ -18,15 +19,17 @@ plt.rcParams.update({
 
 
 def pictures(rows: dict[str, Sequence], captions: Sequence = (), size: float = 1.25, **how) -> Figure:
-    """Rows of pictures (PIL or (y, x) tensors), a label before each and a caption over each column."""
+    """Rows of pictures (PIL, enlarged smoothly, or (y, x) tensors), labels before rows, captions over columns."""
     columns = max(map(len, rows.values()))
+    longest = max(len(line) for label in rows for line in label.split("\n"))
     figure, panels = plt.subplots(len(rows), columns, squeeze=False,
-                                  figsize=(size * columns + 0.8, (size + 0.05) * len(rows) + 0.25))
+                                  figsize=(size * columns + 0.08 * longest, (size + 0.05) * len(rows) + 0.3))
     for line, (label, row) in zip(panels, rows.items(), strict=True):
         for panel in line:
             panel.axis("off")
         for panel, picture in zip(line, row, strict=False):
-            panel.imshow(picture, **how)
+            smooth = "nearest" if isinstance(picture, Tensor) else "bicubic"
+            panel.imshow(picture, **{"interpolation": smooth, **how})
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", color="0.3")
     for panel, caption in zip(panels[0], captions, strict=False):
         panel.set_title(caption, color="0.3")

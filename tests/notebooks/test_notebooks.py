@@ -1,20 +1,26 @@
 """The guided tour runs top to bottom, and what is committed is what a run leaves behind.
 
-`SAVE_NOTEBOOKS=1 pytest tests/notebooks` runs all and writes the new outputs into them.
+`SAVE_NOTEBOOKS=1 pytest tests/notebooks` runs all and writes the new outputs into them, with compressed pictures.
+Without it, what `QUICK` says replaces the values of cells with the tag "parameters": the stored outputs stand for the
+long run.
 """
 
-import ast
+import base64
+import io
 import os
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"}}  # nothing of the machine that ran it
+QUICK = "STEPS, BATCH, SCENES, SHOWN = 4, 4, 32, 8"
 every_notebook = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -23,19 +29,32 @@ def code_cells(file, tag=None):
     return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", ())]
 
 
+def compressed(png):
+    """A picture in 256 colors, base64 → base64."""
+    image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return min(base64.b64encode(file.getvalue()).decode(), png, key=len)
+
+
 def test_there_are_notebooks():
-    assert len(FILES) >= 3
+    assert len(FILES) >= 8
 
 
 @every_notebook
 def test_it_runs_top_to_bottom(file, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # also where the packages are not installed
-    notebook = nbformat.read(file, as_version=4)
-    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
+    notebook, save = nbformat.read(file, as_version=4), os.environ.get("SAVE_NOTEBOOKS")
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()) and not save:
+            cell.source += f"\n{QUICK}"
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(file.parent)}})
     client.execute()  # an error in a cell is raised here
-    if os.environ.get("SAVE_NOTEBOOKS"):
+    if save:
         notebook.metadata = METADATA
+        for output in [output for cell in notebook.cells for output in cell.get("outputs", ())]:
+            if "image/png" in output.get("data", ()):
+                output.data["image/png"] = compressed(output.data["image/png"])
         nbformat.write(notebook, file)
 
 
@@ -44,7 +63,7 @@ def test_the_committed_outputs_are_those_of_one_whole_run(file):
     cells = code_cells(file)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     outputs = [output for cell in cells for output in cell.outputs]
-    assert sum("image/png" in output.get("data", ()) for output in outputs) >= 5
+    assert sum("image/png" in output.get("data", ()) for output in outputs) >= (0 if file.stem == "lab" else 5)
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
@@ -52,18 +71,29 @@ def test_the_committed_outputs_are_those_of_one_whole_run(file):
 def test_nothing_of_the_machine_is_in_it(file):
     notebook = nbformat.read(file, as_version=4)
     assert notebook.metadata == METADATA
-    assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     text = file.read_text(encoding="utf-8")
     assert not [place for place in (str(ROOT), str(Path.home()), "/tmp/", "site-packages") if place in text]
-    assert len(text) < 1.5e6
+    assert len(text) < 1e6
 
 
-@every_notebook
-def test_each_exercise_has_a_hidden_solution_that_ends_in_a_check(file):
-    tags = [tag for cell in code_cells(file) for tag in cell.metadata.get("tags", ())]
-    assert len(tags) >= 4 and tags == ["exercise", "solution"] * (len(tags) // 2)
-    assert all("your line" in cell.source for cell in code_cells(file, "exercise"))
-    for cell in code_cells(file, "solution"):
-        assert cell.metadata.jupyter.source_hidden is True
-        last = ast.parse(cell.source).body[-1]
-        assert any(isinstance(node, ast.Assert) for node in ast.walk(last))
+@pytest.mark.parametrize("file", [*FILES, ROOT / "docs" / "lecture.md"], ids=lambda file: file.stem)
+def test_what_it_links_to_exists(file):
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        cells = nbformat.read(file, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", text) + re.findall(r'src="(?!https?:)([^"]+)"', text)
+    assert not [link for link in links if not (file.parent / link).exists()]
+
+
+def test_every_slide_has_its_figure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    import slides
+
+    slides.main(tmp_path)
+    text = (tmp_path / "slides.md").read_text(encoding="utf-8")
+    assert text.count("\n# ") == len(slides.rows()) >= 15
+    for picture in re.findall(r"\]\((\d+\.png)\)", text):
+        Image.open(tmp_path / picture).verify()
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == len(slides.rows())  # none is shown twice
