@@ -16,9 +16,10 @@ from repulsion import vendi_score
 from sampler import Pipeline, output
 from sampler.report import to_pixels
 from tiny.captions import parse
+from tiny.drawing import wrong_pixels
 from tiny.reader import adherence, attribute_vectors, read
 
-from .paper.measures import mean, wrong_pixels
+from .paper.measures import mean
 from .prompts import CHOICE, full_prompts
 
 

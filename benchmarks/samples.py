@@ -14,10 +14,11 @@ import torch
 from sampler import Pipeline
 from sampler.report import to_pixels
 from tiny.captions import parse
+from tiny.drawing import wrong_pixels
 from tiny.reader import adherence, read
 from weights import BUNDLED
 
-from .paper.measures import mean, unreadable, wrong_pixels
+from .paper.measures import mean, unreadable
 from .paper.tables import columns
 from .prompts import full_prompts
 from .sheets import sheet, stacked

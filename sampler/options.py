@@ -19,7 +19,7 @@ and in --blocks, the text tokens that the attention returns are pushed apart, al
 
 examples:
   python -m sampler "a circle"
-  python -m sampler "a star and a square" --images 4 --seed 7 --strength 2 --blocks middle
+  python -m sampler "a star and a square" --images 4 --seed 7 --strength 1 --blocks middle
   python -m sampler "a circle" --method cads --strength 0.5
   python -m sampler "a cat" --model path/to/stable-diffusion-3.5-large --images 4
   python -m sampler --prompts prompts.txt --images 4 --no-compare --out outputs/many
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-layers", type=indices, metavar="LIST", help="SD3.5-medium: skip-layer guidance, usually 7-9")
     p.add_argument("--skip-scale", type=float, metavar="S", help="weight of skip-layer guidance (default: 2.8)")
     r = p.add_argument_group("diversity (defaults: the checkpoint's)")
-    r.add_argument("--strength", type=float, metavar="S", help="length of the push over the tokens, about 1")
+    r.add_argument("--strength", type=float, metavar="S", help="length of the push over the tokens, 0.5 to 1")
     r.add_argument("--method", choices=["repulsion", *METHODS], default="repulsion", help="repulsion, or a rival")
     r.add_argument("--scale", type=float, help="η, instead of a strength: the step size, in a unit of the model")
     r.add_argument("--iterations", type=int, help="M, the number of gradient steps in one push")

@@ -1,4 +1,4 @@
-"""What is in a batch of pictures, in numbers: Vendi score, attributes, adherence to the prompt."""
+"""What is in a batch of pictures, in numbers: Vendi score, attributes, adherence to the prompt, quality."""
 
 from statistics import mean
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repulsion import vendi_score
 from tiny.captions import parse
+from tiny.drawing import WELL, wrong_pixels
 from tiny.reader import adherence, attribute_vectors, read
 from tiny.world import count_attributes
 
@@ -24,7 +25,8 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
 
     In the tiny world the score is of the attributes that the pictures share; elsewhere of their pixels less the mean
     color, a coarse measure, in which all pictures of a single color are alike. `adherence`, 0 to 1, is the share of the
-    prompted attributes that are present, or None for prompts outside the tiny world's grammar.
+    prompted attributes that are present, or None for prompts outside the tiny world's grammar; `well_drawn` counts the
+    pictures that are, but for half a percent of their pixels, what the world's renderer would draw.
     """
     pixels = to_pixels(pictures)
     if world != "tiny":
@@ -38,7 +40,7 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
     except ValueError:  # a prompt outside the tiny world's grammar
         asked = None
     return {"vendi": round(vendi_score(attribute_vectors(scenes)).item(), 4), "vendi_of": "attributes",
-            "attributes": count_attributes(scenes),
+            "attributes": count_attributes(scenes), "well_drawn": sum(count <= WELL for count in wrong_pixels(pixels)),
             "adherence": asked and round(mean(adherence(asked, scene) for scene in scenes), 4)}
 
 
@@ -49,6 +51,8 @@ def table(base: dict | None, repelled: dict | None, images: int) -> str:
     rows = [("", *columns), (f"Vendi score (1 to {images})", *(f"{c['vendi']:.2f}" for c in found))]
     if found[0].get("adherence") is not None:
         rows.append(("adherence", *(f"{100 * c['adherence']:.0f} %" for c in found)))
+    if "well_drawn" in found[0]:
+        rows.append(("well drawn", *(f"{c['well_drawn']} of {images}" for c in found)))
     for name in dict.fromkeys(name for c in found for name in c.get("attributes", {})):
         counts = [c["attributes"].get(name, {}) for c in found]
         rows.append((name, *(", ".join(f"{number} {value}" for value, number in c.items()) for c in counts)))

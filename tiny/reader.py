@@ -56,12 +56,18 @@ def read(images: Tensor) -> list[Scene]:
     cannot be determined is None. Pictures are read at SIDE × SIDE pixels, others are resized first.
     Raises ValueError for any other tensor shape.
     """
+    images = resized(images) / 2 + 0.5
+    return [scene for chunk in images.split(CHUNK) if len(chunk) for scene in read_chunk(chunk)]
+
+
+def resized(images: Tensor) -> Tensor:
+    """Pictures (b, 3, h, w) as (b, 3, SIDE, SIDE) float32 on the CPU, in [-1, 1]."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width)")
-    images = images.detach().float().cpu().nan_to_num().clamp(-1, 1) / 2 + 0.5
+    images = images.detach().float().cpu().nan_to_num().clamp(-1, 1)
     if images.shape[-2:] != (SIDE, SIDE):
         images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
-    return [scene for chunk in images.split(CHUNK) if len(chunk) for scene in read_chunk(chunk)]
+    return images
 
 
 def read_chunk(images: Tensor) -> list[Scene]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from repulsion import vendi_score
 from sampler.report import to_pixels
 from tiny.captions import parse
-from tiny.reader import adherence, attribute_vectors, find_ground, find_things, read
+from tiny.drawing import wrong_pixels
+from tiny.reader import adherence, attribute_vectors, read
 from tiny.world import (
     ARRANGEMENTS,
-    COLOR_RGB,
     COLORS,
     GROUNDS,
     SHAPES,
@@ -23,15 +23,11 @@ from tiny.world import (
     TEXTURES,
     Scene,
     Thing,
-    coverage,
-    pixel_grid,
-    signed_distance,
 )
 
 from .embedding import WIDTH, Embedding
 
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
-CLEARLY = 0.25  # a pixel is wrong where a channel is off by more than this share of its range
 
 
 def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> dict[str, object]:
@@ -70,27 +66,6 @@ def unreadable(scene: Scene) -> float:
     for thing in scene.things:
         values += [thing.shape, thing.color] + ([thing.size] if len(scene.things) < 3 else [])
     return values.count(None) / len(values)
-
-
-def wrong_pixels(pixels: Tensor) -> list[float]:
-    """Of 10,000 pixels, those that are clearly not what the world's renderer would draw there: (b, 3, h, h) → b
-    numbers, h 64 or 128."""
-    off = (pixels - closest_render(pixels)).abs().amax(dim=1) / 2
-    return (1e4 * (off > CLEARLY).double().mean(dim=(1, 2))).tolist()
-
-
-def closest_render(images: Tensor) -> Tensor:
-    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, h, h) in [-1, 1] → the same.
-
-    Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
-    """
-    size = images.shape[-1]
-    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(size)
-    redrawn = find_ground(images)[0].clone()
-    for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
-        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius, size)
-        redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
-    return redrawn * 2 - 1
 
 
 def to_text(scene: Scene) -> str:

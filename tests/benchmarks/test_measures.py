@@ -10,6 +10,7 @@ from scenes import scenes_of
 from benchmarks.paper import measures
 from benchmarks.paper.embedding import Embedding
 from repulsion import vendi_score
+from tiny.drawing import wrong_pixels
 from tiny.reader import attribute_vectors
 from tiny.world import Scene, Thing, render
 
@@ -23,30 +24,22 @@ def test_a_scene_survives_as_text():
 
 def test_wrong_pixels_are_those_that_were_spoiled():
     # On fresh renders the fit is near exact: half of the pictures have none. A block of a color that the ground
-    # is not, too small to pass for a thing (the reader's least is 25 pixels), counts pixel by pixel.
+    # is not, too small to pass for a thing (the reader's least is 100 pixels), counts pixel by pixel.
     pictures = render(scenes_of(100, seed=2), seed=3)
-    fresh = torch.tensor(measures.wrong_pixels(pictures)).double()
+    fresh = torch.tensor(wrong_pixels(pictures)).double()
     assert fresh.median() == 0 and fresh.mean() < 5
     plain = render([Scene((Thing("circle", "red", "medium"),), *NAVY)] * 3)
     for i, side in enumerate((2, 3, 4)):
         plain[i, :, 4 : 4 + side, 4 : 4 + side] = 1
-    assert measures.wrong_pixels(plain) == pytest.approx([1e4 * count / 64**2 for count in (4, 9, 16)])
-
-
-def test_wrong_pixels_are_a_share_of_the_picture_at_any_size():
-    for size in (64, 128):
-        plain = render([Scene((Thing("circle", "red", "medium"),), *NAVY)], size=size)
-        side = size // 16  # a quarter of a sixteenth: 1 of 256 pixels
-        plain[0, :, side : 2 * side, side : 2 * side] = 1
-        assert measures.wrong_pixels(plain) == pytest.approx([1e4 / 256])
+    assert wrong_pixels(plain) == pytest.approx([1e4 * count / 128**2 for count in (4, 9, 16)])
 
 
 def test_a_torn_thing_counts_about_what_it_lacks():
     whole = render([Scene((Thing("square", "white", "large"),), *NAVY)], seed=None)
     torn = whole.clone()
-    torn[:, :, 32:, 32:] = whole[:, :, :1, :1]  # a quarter of 30 x 30 pixels gone
-    (found,) = measures.wrong_pixels(torn)
-    assert measures.wrong_pixels(whole) == [0] and 0.5 * 225 < found * 64**2 / 1e4 < 2 * 225
+    torn[:, :, 64:, 64:] = whole[:, :, :1, :1]  # a quarter of 60 x 60 pixels gone
+    (found,) = wrong_pixels(torn)
+    assert wrong_pixels(whole) == [0] and 0.5 * 900 < found * 128**2 / 1e4 < 2 * 900
 
 
 def test_coverage_counts_what_the_prompt_leaves_open():

@@ -104,7 +104,7 @@ def test_a_prompt_that_is_repeated_is_one_group(theirs):
 
 
 def test_skip_layer_guidance_repels_in_its_own_branch_too(theirs):
-    repulsion = Repulsion(strength=1.0, steps=4)
+    repulsion = Repulsion(strength=0.5, steps=4)
     with repelling(theirs("tiny-sd3"), repulsion):
         found = paint(theirs("tiny-sd3"), guidance_scale=3.0, skip_guidance_layers=[1, 2],
                       skip_layer_guidance_stop=0.9)
@@ -247,6 +247,6 @@ def test_the_readme_s_lines_paint_what_ours_paint(monkeypatch):
     torch.manual_seed(0)
     names, quick = {}, "num_images_per_prompt=3, num_inference_steps=6"
     exec(code.replace("num_images_per_prompt=8", quick), names)
-    noise, repulsion = torch.randn((3, 16, 16, 16), generator=torch.manual_seed(0)), Repulsion(strength=1.0, steps=4)
-    wanted = Pipeline.load("tiny-sd3")("a circle", 3, noise=noise, steps=6, guidance=3.0, repulsion=repulsion)
+    noise, repulsion = torch.randn((3, 16, 16, 16), generator=torch.manual_seed(0)), Repulsion(strength=0.5, steps=4)
+    wanted = Pipeline.load("tiny-sd3")("a circle", 3, noise=noise, steps=6, guidance=5.0, repulsion=repulsion)
     assert_same_pictures(names["pictures"], wanted)

@@ -24,13 +24,19 @@ def test_pixels_survive_the_way_through_a_picture():
 
 def test_one_picture_four_times_scores_one_and_two_kinds_nearly_two():
     alike = describe_batch(pictures(RED, RED, RED, RED), "a red circle", "tiny")
-    assert alike["vendi"] == pytest.approx(1, abs=1e-4) and alike["adherence"] == 1
+    assert alike["vendi"] == pytest.approx(1, abs=1e-4) and alike["adherence"] == 1 and alike["well_drawn"] == 4
     mixed = describe_batch(pictures(RED, BLUE, RED, BLUE), "a red circle", "tiny")
     # they share the number of things, 1 of 7 attributes: eigenvalues (1 ± 1/7) / 2
     weights = torch.tensor([4 / 7, 3 / 7], dtype=torch.float64)
     assert mixed["vendi"] == pytest.approx(torch.special.entr(weights).sum().exp().item(), abs=1e-4)
     assert mixed["adherence"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-4)  # a blue square: only "one thing" holds
     assert mixed["attributes"]["color"] == {"red": 2, "blue": 2}
+
+
+def test_a_picture_that_lacks_a_part_of_its_thing_is_not_well_drawn():
+    torn = render([RED, RED])
+    torn[0, :, 64:, 64:] = torn[0, :, :1, :1]  # a quarter of the circle is ground
+    assert describe_batch([to_picture(picture) for picture in torn], "a red circle", "tiny")["well_drawn"] == 1
 
 
 def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attributes():
@@ -42,8 +48,8 @@ def test_prompts_outside_the_world_have_no_adherence_and_other_models_no_attribu
 def test_equal_pictures_score_one_and_pictures_of_one_color_are_alike():
     flat = [Image.new("RGB", (8, 8), color) for color in ("red", "navy", (17, 17, 17))]
     (scene,) = pictures(RED)
-    for batch, score in ((flat[:1] * 4, 1), (flat, 1), ([scene] * 5, 1), ([flat[0].resize((64, 64)), scene], 2),
-                         ([flat[0].resize((64, 64)), scene, flat[1].resize((64, 64))], 3 / 2 ** (2 / 3))):
+    for batch, score in ((flat[:1] * 4, 1), (flat, 1), ([scene] * 5, 1), ([flat[0].resize(scene.size), scene], 2),
+                         ([flat[0].resize(scene.size), scene, flat[1].resize(scene.size)], 3 / 2 ** (2 / 3))):
         # one kind, or of three pictures two of a kind: eigenvalues 2/3 and 1/3
         assert describe_batch(batch, "a cat", None)["vendi"] == pytest.approx(score, abs=1e-4)
     for batch in (flat[:1] * 4, [scene] * 5):
@@ -56,12 +62,14 @@ def test_counts_are_of_what_could_be_read():
 
 
 def test_the_table_lines_up():
-    columns = [{"vendi": 1.0, "adherence": 1.0, "attributes": {"color": {"red": 8}}, "seconds": 1.5},
-               {"vendi": 3.25, "adherence": 0.5, "attributes": {"color": {"red": 4, "blue": 4}}, "seconds": 1.6}]
+    columns = [{"vendi": 1.0, "adherence": 1.0, "attributes": {"color": {"red": 8}}, "well_drawn": 8, "seconds": 1.5},
+               {"vendi": 3.25, "adherence": 0.5, "attributes": {"color": {"red": 4, "blue": 4}}, "well_drawn": 7,
+                "seconds": 1.6}]
     lines = table(*columns, images=8).splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["", "Vendi score (1 to 8)", "adherence", "color", "seconds"]
+    assert [line.split("  ")[0] for line in lines] == ["", "Vendi score (1 to 8)", "adherence", "well drawn", "color",
+                                                       "seconds"]
     at = lines[0].index("repelled")
-    assert [line[at:] for line in lines] == ["repelled", "3.25", "50 %", "4 red, 4 blue", "1.60"]
+    assert [line[at:] for line in lines] == ["repelled", "3.25", "50 %", "7 of 8", "4 red, 4 blue", "1.60"]
 
 
 def test_long_titles_are_cut_to_fit():
