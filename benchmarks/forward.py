@@ -1,13 +1,14 @@
 """One forward pass against diffusers' with the same weights: `python -m benchmarks.forward [--compile]`.
 
 Random transformers of the shapes of FLUX.1, SD3 and FLUX.2, at a quarter of their width and fewer blocks, 256 context
-and 1024 image tokens, in float32 and bfloat16. Ours, ours with compiled blocks, and diffusers alternate in one process,
-so that a noisy machine disturbs all alike; medians and their ratios are printed. Whole runs of the bundled checkpoints
-against diffusers' pipelines on the same folders come last. Needs `pip install -c constraints.txt -e ".[test]"`.
+and 1024 image tokens, in float32 and bfloat16. Ours, ours with compiled blocks, and diffusers alternate on one thread
+of one process; medians of the CPU time and their ratios are printed. Whole runs of the bundled checkpoints against
+diffusers' pipelines on the same folders come last. Needs `pip install -c constraints.txt -e ".[test]"`.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 
 import diffusers
@@ -67,7 +68,7 @@ def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool) -> list[st
             compile_blocks(ours[1])
         calls = [theirs(model, *given), *(lambda ours=ours: ours(*given) for ours in ours)]
         with torch.no_grad():
-            base, *found = milliseconds(runs, *calls)
+            base, *found = milliseconds(runs, *calls, clock=time.process_time)
     return [name, str(dtype).removeprefix("torch."), f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
 
 
@@ -80,7 +81,8 @@ def whole_run(name: str, runs: int, compiled: bool) -> list[str]:
     call = {"prompt": "a circle", "num_images_per_prompt": 8, "num_inference_steps": defaults.steps,
             "height": defaults.height, "width": defaults.width, "max_sequence_length": 24}
     call |= {} if defaults.guidance is None else {"guidance_scale": defaults.guidance}
-    base, *found = milliseconds(runs, lambda: pipe(**call), *(lambda ours=ours: ours("a circle", 8) for ours in ours))
+    base, *found = milliseconds(runs, lambda: pipe(**call), *(lambda ours=ours: ours("a circle", 8) for ours in ours),
+                                clock=time.process_time)
     return [name, "float32", f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
 
 
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=[*MODELS, *BUNDLED], default=[*MODELS, *BUNDLED])
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     rows = [compare(name, dtype, args.runs, args.compile) for name in args.rows if name in MODELS
             for dtype in (torch.float32, torch.bfloat16)]
     rows += [whole_run(name, args.runs, args.compile) for name in args.rows if name in BUNDLED]

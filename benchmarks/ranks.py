@@ -2,12 +2,12 @@
 
 Bytes: pushes of tokens as many and as wide as FLUX.1's and SD3.5's, what the loopback device transmitted for each, and
 the formula of `sampler.ranks`. Memory: a forward pass of a transformer of 1.7 billion parameters in float32, from
-bfloat16 zeros in a sparse file; the most that one process holds, and each rank with the parameters spread over them.
+bfloat16 zeros in a sparse file; the most memory of its own (RssAnon) beyond that of the imports that one process holds,
+and each rank with the parameters spread over them.
 """
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,17 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmdit import MMDiT, MMDiTConfig
-from mmdit.meta import on_meta
+from mmdit import MMDiTConfig
 from repulsion import Repulsion
 from sampler.parts import load_sharded
 from sampler.ranks import joined, shares
 from weights import open_part
-from weights.configs import sizes_of
 from weights.detect import find_parts
-from weights.tables import FLUX_ORIGINAL
 
-from .loading import sparse_file
+from .loading import anonymous, most_anonymous, sparse_transformer
 from .scale import exchanged
 
 PUSHES = [  # name, images, branches, tokens, features, dtype
@@ -34,8 +31,7 @@ PUSHES = [  # name, images, branches, tokens, features, dtype
     ("FLUX.1, single stream at 512²", 4, 1, 1536, 3072, torch.bfloat16),
     ("SD3.5-large, both branches", 5, 2, 333, 2432, torch.bfloat16),
 ]
-CONFIG = MMDiTConfig(hidden_size=1536, num_heads=12, num_dual_blocks=12, num_single_blocks=18, rope_axes=(16, 56, 56),
-                     context_dim=768)
+CONFIG = MMDiTConfig(hidden_size=1152, num_heads=9, num_dual_blocks=19, num_single_blocks=38)  # the blocks of FLUX.1
 
 
 def sent() -> int:
@@ -65,13 +61,13 @@ def bytes_of_pushes(ours, repeats: int = 10) -> None:
 
 
 def peak(path: Path, ranks: int) -> float:
-    """GiB of the most memory that this process has held, after a forward pass."""
+    """GiB of the most memory that loading and a forward pass take of this process."""
     (part,) = find_parts(path, ["transformer"], "transformer")
-    given = torch.float32, torch.device("cpu"), False
-    model = load_sharded(open_part(part, CONFIG), *given) if ranks > 1 else open_part(part, CONFIG).load(*given)
-    with torch.no_grad():
+    given, before = (torch.float32, torch.device("cpu"), False), anonymous()
+    with torch.no_grad(), most_anonymous() as most:
+        model = load_sharded(open_part(part, CONFIG), *given) if ranks > 1 else open_part(part, CONFIG).load(*given)
         model(torch.zeros(1, 16, 8, 8), torch.ones(1), torch.zeros(1, 8, CONFIG.context_dim), torch.zeros(1, 768))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (most[-1] - before) / 2**30
 
 
 def start(ranks: int, file: Path) -> None:
@@ -89,9 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.file is None:
         with tempfile.TemporaryDirectory() as folder:
-            names = on_meta(MMDiT, CONFIG).state_dict()
-            shapes = {theirs: tuple(tensor.shape) for _, theirs, tensor in FLUX_ORIGINAL.split(names, sizes_of(CONFIG))}
-            file = sparse_file(Path(folder) / "model.safetensors", shapes)
+            file = sparse_transformer(Path(folder) / "model.safetensors", CONFIG)
             start(1, file)
             start(args.ranks, file)
         return

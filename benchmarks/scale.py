@@ -6,6 +6,7 @@ docs/scale.md. Pictures are 1024 × 1024; a group is split evenly over the ranks
 """
 
 import argparse
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ GROUPS = (4, 8, 16, 64)
 H100 = {"operations": 0.5 * 989e12, "link": 450e9}  # a second: half of its bfloat16 peak; bytes by NVLink, each way
 
 
+@cache
 def step_operations(config: MMDiTConfig, n: int, m_side: int, groups: int = 1) -> int:
     """Of one forward pass of the transformer for `groups` pictures: n context and m_side² image tokens each."""
     model, side = on_meta(MMDiT, config), m_side * config.patch_size

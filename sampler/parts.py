@@ -1,6 +1,8 @@
 """The networks of a pipeline in memory: read when they are needed, and freed where memory is short."""
 
+import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -112,6 +114,8 @@ def load_sharded(stored: Stored, dtype: torch.dtype, device: torch.device, keep_
     from torch.distributed.tensor import DTensor
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    if device.type == "cpu" and os.name == "posix":  # glibc: what takes 1 MiB or more goes back to the system
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
     def own(rows: int) -> slice:
         each = -(-rows // mesh.size())  # as torch.chunk does

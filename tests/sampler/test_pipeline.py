@@ -138,7 +138,7 @@ def test_pixels_are_rounded_and_clipped():
     ({"prompt": ""}, "the prompt is empty"), ({"prompt": "  \n"}, "the prompt is empty"),
     ({"images": 0}, "images must be at least 1, got 0"), ({"steps": 0}, "steps must be at least 1"),
     ({"height": 60}, "height 60 is no multiple of 16: the nearest that works is 64"),
-    ({"width": -8}, "width -8 is no multiple of 8"), ({"guidance": -1.0}, "guidance must be"),
+    ({"width": -8}, "width -8 is no multiple of 16"), ({"guidance": -1.0}, "guidance must be"),
     ({"guidance": math.nan}, "guidance must be"), ({"height": 512, "width": 512}, "position table ends at 16 × 16"),
     ({"noise": torch.zeros(2, 16, 8, 8)}, r"noise must have the shape \(2, 16, 16, 16\), got \(2, 16, 8, 8\)"),
     ({"guidance": 1.0, "negative_prompt": "a star"}, "negative_prompt needs classifier-free guidance"),
