@@ -1,4 +1,4 @@
-"""The README's promises that can be checked: its equation map, its commands, its pictures."""
+"""What README and docs/code.md promise that can be checked: the equation map, the commands, the links."""
 
 import importlib
 import inspect
@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def equation_map():
-    section = README.split("## From the paper to the code")[1].split("\n## ")[0]
+    section = CODE.split("## From the paper to the code")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()
             if line.startswith("| ") and "---" not in line][1:]
     return [(row[0], *(re.findall(r"`([^`]+)`", cell) for cell in row[1:])) for row in rows]
@@ -49,7 +51,7 @@ def test_each_row_points_at_a_line_and_a_test_that_are_there(row):
 
 
 def test_the_six_calls_from_the_prompt_to_the_push_are_lines_of_their_functions():
-    section = README.split("## From the prompt to the push")[1].split("\n## ")[0]
+    section = CODE.split("## From the prompt to the push")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", section, flags=re.M)
     assert len(rows) == 6  # that these functions follow each other is for tests/test_path.py to show
     for symbol, line in rows:
@@ -63,9 +65,10 @@ def test_the_two_commands_are_those_that_ci_runs():
         assert command in README and command in gate
 
 
-def test_every_file_that_the_readme_shows_or_links_to_exists():
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
-    links += re.findall(r'(?:src|href)="(?!https?:)([^"]+)"', README)
-    assert links
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_shows_or_links_to_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text)
+    links += re.findall(r'(?:src|href)="(?!https?:)([^"]+)"', text)
     for link in links:
-        assert (ROOT / link).exists(), link
+        assert (page.parent / link).exists(), link

@@ -9,12 +9,12 @@ POSITION_WORDS = {"left": "on the left", "right": "on the right", "top": "at the
                   "center": "in the center"}  # fmt: skip
 REVERSED = {"left of": "right of", "above": "below"}
 ALIKE = {"the": "a", "an": "a", "at": "on", "in": "on"}
-INSTEAD = {"grey": "gray", "background": "ground", "middle": "center", "violet": "purple", "big": "large",
-           "centre": "center", "under": "below"}  # of words that no checkpoint was trained on
+SYNONYMS = {"grey": "gray", "background": "ground", "middle": "center", "violet": "purple", "big": "large",
+           "centre": "center", "under": "below"}  # word: that of WORDS which means the same
 INTERCHANGEABLE = {"a": ("the",), "an": ("the",)} | {  # word: its synonyms, one for one in any caption
-    word: tuple(other for other, meant in INSTEAD.items() if meant == word) for word in set(INSTEAD.values())
+    word: tuple(other for other, meant in SYNONYMS.items() if meant == word) for word in set(SYNONYMS.values())
 }
-WORDS = (  # every word of the captions that the checkpoints were trained on, the comma included
+WORDS = (  # with SYNONYMS every word of the captions that the checkpoints were trained on, the comma included
     *SHAPES, *COLORS, *SIZES, *GROUNDS, *TEXTURES, *ARRANGEMENTS[1], "above", "below", "of", "row", "column",
     "a", "an", "the", "on", "at", "in", "and", ",", "shape", "ground",
 )  # fmt: skip
@@ -65,14 +65,13 @@ def article(noun: str) -> str:
 
 
 def parse(prompt: str) -> Scene:
-    """The partial scene that a prompt describes: the inverse of `describe`, lenient in case and articles.
+    """The partial scene that a prompt describes: the inverse of `describe` and `reword`, lenient in case and articles.
 
     Raises ValueError naming the first word that no checkpoint was trained on, or the phrase that cannot be parsed.
     """
-    words = re.findall(r"\w+|[^\w\s]", prompt.lower().strip().rstrip("."))
+    words = [SYNONYMS.get(word, word) for word in re.findall(r"\w+|[^\w\s]", prompt.lower().strip().rstrip("."))]
     if unknown := [word for word in words if word not in WORDS]:
-        known = f"say {INSTEAD[unknown[0]]!r}" if unknown[0] in INSTEAD else f"known words: {' '.join(WORDS)}"
-        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; {known}")
+        raise ValueError(f"unknown word {unknown[0]!r} in {prompt!r}; known words: {' '.join(WORDS)}")
     words = [ALIKE.get(word, word) for word in words]
     text = " ".join(word for word in words if word != "a")  # no article is left, and "at" and "in" became "on"
 

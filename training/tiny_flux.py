@@ -28,7 +28,7 @@ TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_s
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
 SAMPLING = {"steps": 20, "guidance": 4.5, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
-            "repulsion": {"strength": 1.0, "steps": 4}}
+            "repulsion": {"strength": 0.5, "steps": 4}}
 
 
 def student_of(teacher: MMDiT) -> MMDiT:

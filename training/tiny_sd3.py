@@ -41,8 +41,8 @@ from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), blocks_per_level=1, norm_groups=8)
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, context_dim=128, pooled_dim=32,
                           position="table", position_table_size=16)
-SAMPLING = {"steps": 20, "guidance": 3.0, "height": SIDE, "width": SIDE, "world": "tiny",
-            "repulsion": {"strength": 4.0, "steps": 4, "blocks": "first", "branches": "conditional"}}
+SAMPLING = {"steps": 20, "guidance": 5.0, "height": SIDE, "width": SIDE, "world": "tiny",
+            "repulsion": {"strength": 0.5, "steps": 4}}
 
 
 def train_tokenizers(data: Data, folder: Path) -> tuple[ClipTokenizer, ClipTokenizer, T5Tokenizer]:

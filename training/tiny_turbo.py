@@ -32,7 +32,7 @@ FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 4.5
 CHUNK = 512  # trajectories sampled at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": SIDE, "width": SIDE, "world": "tiny",
-            "repulsion": {"strength": 2.0, "steps": 1}}
+            "repulsion": {"strength": 0.5, "steps": 1}}
 
 
 def noise_levels(steps: int) -> Tensor:

@@ -6,7 +6,7 @@ import { spectrum, vendiScore } from "./model/repulsion.js";
 import { noiseLevels, pushes } from "./model/sampler.js";
 
 const CHECKPOINT = new URL("../../weights/checkpoints/tiny-turbo/", import.meta.url);
-const WORDS = [  // those of tiny/captions.py: every word of the captions that the model was trained on
+const WORDS = [  // those of tiny/captions.py: with SYNONYMS every word of the captions that the model was trained on
   ["circle", "square", "triangle", "star", "cross", "ring", "shape"],
   ["red", "orange", "yellow", "green", "blue", "purple", "white"],
   ["small", "medium", "large"],
@@ -14,6 +14,7 @@ const WORDS = [  // those of tiny/captions.py: every word of the captions that t
   ["left", "right", "top", "bottom", "center", "above", "below", "row", "column"],
   ["a", "an", "the", "of", "on", "at", "in", "and", ","],
 ];
+const SYNONYMS = ["grey", "background", "middle", "violet", "big", "centre", "under"];
 const ROWS = ["typical", "repelled", "control"];
 const $ = (id) => document.getElementById(id);
 const range = (size) => Array.from({ length: size }, (_, i) => i);
@@ -62,7 +63,7 @@ function showStrength() {
 }
 
 function checkWords() {
-  const known = WORDS.flat(), said = $("prompt").value.toLowerCase().match(/[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
+  const known = [...WORDS.flat(), ...SYNONYMS], said = $("prompt").value.toLowerCase().match(/[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
   const unknown = [...new Set(said.filter((word) => !known.includes(word)))];
   $("hint").textContent = unknown.length
     ? `The model was not trained on ${unknown.map((word) => `“${word}”`).join(", ")}: its pictures may not fit.` : "";

@@ -142,6 +142,6 @@ def test_a_row_of_the_page_is_what_the_script_counts():
 
 def test_the_command_for_a_card_of_16_gb_fits_it():
     (images,) = re.findall(r"on a card of 16 GB \|.* --images (\d) .*--keep-float8 --offload parts` \|",
-                           (ROOT / "README.md").read_text(encoding="utf-8"))
+                           (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8"))
     parts = documented()["flux1-dev", "float8 kept"][len(IMAGES) : 2 * len(IMAGES)]
     assert parts[IMAGES.index(int(images))] + MARGIN < 16

@@ -2,14 +2,13 @@
 
 import math
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tiny.captions import INSTEAD, WORDS, describe, parse, reword
+from tiny.captions import SYNONYMS, WORDS, describe, parse, reword
 from tiny.world import (
     ARRANGEMENTS,
     COLOR_RGB,
@@ -262,6 +261,7 @@ def test_a_relation_told_the_other_way_round_means_the_same():
         ("Red circle on navy", "a red circle on a navy ground"),
         ("The large purple ring at the center on gray.", "a large purple ring in the center on a gray ground"),
         ("a star below a cross", "a cross above a star"),
+        ("big violet ring in the middle on a grey background", "a large purple ring in the center on a gray ground"),
         ("circle, square, and star in a column", "a circle, a square and a star in a column"),
     ],
 )
@@ -273,8 +273,6 @@ def test_prompts_are_read_leniently(prompt, same):
     ("prompt", "message"),
     [
         ("a red elephant on a zebra", "unknown word 'elephant' in 'a red elephant on a zebra'; known words: circle"),
-        *((f"a {word} circle", f"unknown word '{word}' in 'a {word} circle'; say '{said}'")
-          for word, said in INSTEAD.items()),
         ("a circle, a ring, a star and a cross", "4 things"),
         ("a circle in a row", "'row' does not fit 1 thing"),
         ("a circle and a star on the left", "'left' does not fit 2 thing"),
@@ -304,18 +302,17 @@ def test_forgetting_keeps_the_announced_shares():
     assert all(p.things[0].shape != "square" for p in partials if p.arrangement == "above")
 
 
-def test_reworded_captions_mean_the_same_in_every_word_that_is_understood():
+def test_reworded_captions_mean_the_same():
     rng, seen = random.Random(22), Counter()
     for _ in range(6000):
         partial = forget(sample_scene(rng), rng)
         caption = describe(partial, rng)
         other = reword(caption, rng)
-        trained = re.sub(r"\w+", lambda word: INSTEAD.get(word[0], word[0]), other)  # on the bundled checkpoints' words
-        assert parse(trained) == partial, other
+        assert parse(other) == partial, other
         assert len(other.replace(",", " ,").split()) <= len(caption.replace(",", " ,").split())
         seen.update(other.replace(",", " ,").split())
         seen["as it was"] += other == caption
-    assert set(seen) - {"as it was"} == set(WORDS) | set(INSTEAD)
+    assert set(seen) - {"as it was"} == set(WORDS) | set(SYNONYMS)
     assert 0.5 <= seen["as it was"] / 6000 < 0.6
     assert reword("a large ring, a star and a cross", FixedChoices()) == "the big ring, the star and the cross"
 
