@@ -27,7 +27,7 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion |
     """The checkpoint's repulsion with the options given; None beside a rival if no option of repulsion is given."""
     if args.diversity is not None:
         raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
-                         "the tokens, for example --strength 1")
+                         "the tokens, for example --strength 0.5")
     given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "until": args.repel_until,
              "blocks": args.blocks, "branches": args.branches,
              "strength": args.strength if args.method == "repulsion" else None}
@@ -39,7 +39,7 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion |
     if "strength" in given or "scale" in given:
         return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
     if default is None:
-        raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 1")
+        raise ValueError(f"{name_of(args)} has no default repulsion: say --strength, for example 0.5")
     return replace(default, **given)
 
 

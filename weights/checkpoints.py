@@ -51,7 +51,7 @@ _FLUX = Repulsion(scale=5e8, iterations=50, steps=1)  # the paper's settings, η
 _LARGE = Repulsion(scale=5e5, iterations=100, steps=4)
 _FLUX2 = Settings(50, 4.0, edits=True)
 # not measured on the real weights: docs/checkpoints.md says why these settings
-_KLEIN = replace(_FLUX2, steps=4, guidance=None, repulsion=Repulsion(strength=1.0, until=0.95))
+_KLEIN = replace(_FLUX2, steps=4, guidance=None, repulsion=Repulsion(strength=0.5, until=0.95))
 
 PUBLIC = {name: Public(PRESETS[name], *row) for name, row in {
     # of several with one transformer's sizes, the first whose names match counts; the last where none does

@@ -74,7 +74,7 @@ def test_wrong_shapes_are_said_with_the_transposition_that_fits(kit):
 def test_nan_and_infinity_are_said(kit):
     image = kit.tensors["image"].clone()
     image[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    assert "first deviation: image, in stage image: NaN or infinity in 3 of 49152" in said(kit, {"image": image})
+    assert "first deviation: image, in stage image: NaN or infinity in 3 of 196608" in said(kit, {"image": image})
 
 
 def test_one_wrong_id_and_pixels_a_level_off_deviate(kit):
@@ -209,7 +209,7 @@ def test_write_says_what_it_wrote(tmp_path, monkeypatch, capsys, model):
     assert run(monkeypatch, "check", tmp_path / "kit", tmp_path / "kit" / "kit.safetensors") == 0
     kit = Kit.read(tmp_path / "kit")
     assert kit.run["repulsion"] | {"strength": 0.5, "iterations": 2, "scale": None} == kit.run["repulsion"]
-    assert torch.equal(kit.tensors["noise"], starting_noise(3, 2, (6, 8, 12)))
+    assert torch.equal(kit.tensors["noise"], starting_noise(3, 2, (16, 4, 6)))
     assert kit.tensors["pixels"].shape == (2, 32, 48, 3)
 
 

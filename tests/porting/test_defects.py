@@ -1,5 +1,6 @@
 """Usual mistakes, planted in our own model or made by hand: the checker names the tensor and the mistake."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,9 +20,15 @@ import mmdit.model
 import mmdit.position
 import mmdit.t5
 import repulsion.config
+import weights
 from porting import Run, compare, record, report
 
 SDPA = F.scaled_dot_product_attention
+FOLDER = weights.BUNDLED["tiny-sd3"]
+VAE = json.loads((FOLDER / "vae" / "config.json").read_text())
+SCALING, SHIFT = VAE["scaling_factor"], VAE["shift_factor"]
+W = json.loads((FOLDER / "sampling.json").read_text())["guidance"]
+START_TOKEN = json.loads((FOLDER / "tokenizer" / "vocab.json").read_text())["<|startoftext|>"]
 
 
 class Broken:
@@ -162,7 +169,7 @@ DEFECTS = {
     "CLIP's eps": (lambda it: for_all(it.clips, nn.LayerNorm, "eps", 1e-6), "clip_l.layer_0",
                    FOUND + "another eps: it is 1e-5"),
     "CLIP pooled at another token": (
-        lambda it: setattr(it.clips[0], "config", replace(it.clips[0].config, end_token=642)),
+        lambda it: setattr(it.clips[0], "config", replace(it.clips[0].config, end_token=START_TOKEN)),
         "clip_l.pooled", FOUND + "the state of the last token, or of the first"),
     "norms of CLIP swapped": (exchanged("clip", "layers.0.norm_1", "layers.0.norm_2"), "clip_l.layer_0",
                               FOUND + "norm_1 for norm_2"),
@@ -195,7 +202,7 @@ DEFECTS = {
     "scale for 1 + scale": (modulation(lambda x, shift, scale, norm: scale * norm(x) + shift),
                             "dual.0.attention.context.in", FOUND + "scale for 1 + scale"),
     "LayerNorm's eps": (modulation(lambda x, shift, scale, norm: (1 + scale) * norm(x, 1e-4) + shift),
-                        "dual.0.attention.image.in", FOUND + "another eps: it is 1e-6"),
+                        "dual.0.attention.context.in", FOUND + "another eps: it is 1e-6"),
     "variance by d − 1": (modulation(lambda x, shift, scale, norm: shift + (1 + scale) * (
         x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()), "dual.0.attention.context.in",
         FOUND + "the variance divided by d − 1"),
@@ -332,7 +339,7 @@ def test_a_defect_planted_in_flux_is_named(flux_kit, flux_run, flux_pipeline, mo
 
 
 def other_pad(k):
-    return torch.where(torch.arange(24) >= torch.tensor([2, 4, 6])[:, None], 642, k["clip_l.ids"])
+    return torch.where(torch.arange(24) >= torch.tensor([2, 4, 6])[:, None], START_TOKEN, k["clip_l.ids"])
 
 
 def t5_first(k):
@@ -424,13 +431,13 @@ BY_HAND = {
                                   "a patch's values in another order"),
     "branches of the velocity swapped": ("velocity.conditional", lambda k: k["velocity.unconditional"],
                                          "the branches swapped"),
-    "guidance the wrong way": ("velocity.guided", lambda k: 4 * k["velocity.unconditional"] - 3 *
+    "guidance the wrong way": ("velocity.guided", lambda k: (1 + W) * k["velocity.unconditional"] - W *
                                k["velocity.conditional"], "the guidance the wrong way"),
-    "guidance from the conditional": ("velocity.guided", lambda k: 4 * k["velocity.conditional"] - 3 *
+    "guidance from the conditional": ("velocity.guided", lambda k: (1 + W) * k["velocity.conditional"] - W *
                                       k["velocity.unconditional"], "added to the conditional"),
     "Euler the wrong way": (L1, lambda k: 2 * k["noise"] - k[L1], "a step the wrong way"),
-    "shift subtracted": ("decoder.in", lambda k: k["decoder.in"] - 2 * 0.0535, "the shift subtracted"),
-    "scaling multiplied": ("decoder.in", lambda k: k[L1] * 0.5382 + 0.0535, "multiplied with the scaling"),
+    "shift subtracted": ("decoder.in", lambda k: k["decoder.in"] - 2 * SHIFT, "the shift subtracted"),
+    "scaling multiplied": ("decoder.in", lambda k: k[L1] * SCALING + SHIFT, "multiplied with the scaling"),
     "pixels truncated": ("pixels", lambda k: ((k["image"].clip(-1, 1) + 1) * 127.5).byte().movedim(1, -1), "truncated"),
     "GroupNorm of interleaved channels": ("image", lambda k: k["image"].mT, "rows and columns swapped"),
 }

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS
 from safetensors.torch import load_file
 from small_flux2 import dev, klein
 from small_pipelines import saved, sd3
@@ -26,6 +25,7 @@ from porting.stages import Sheet, networks
 from repulsion import cosine_kernel
 from repulsion.solvers import gradient_matrix
 from sampler import Pipeline, starting_noise
+from tests.porting.conftest import PROMPTS
 
 BOTH = pytest.mark.parametrize("which", ["kit", "flux_kit"])
 

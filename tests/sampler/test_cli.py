@@ -132,7 +132,7 @@ def test_every_option_reaches_the_settings():
 
 def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_explained():
     parse = options.parser().parse_args
-    with pytest.raises(ValueError, match="no default repulsion: say --strength, for example 1"):
+    with pytest.raises(ValueError, match="no default repulsion: say --strength, for example 0.5"):
         program.settings(parse(["p"]), None)
     with pytest.raises(ValueError, match="--diversity no longer exists, --strength took its place"):
         program.settings(parse(["p", "--diversity", "0.3"]), Repulsion(1.0))

@@ -128,7 +128,7 @@ def test_repulsion_of_the_large_models_is_the_settings_table_of_the_paper():
     assert {name for name in repelling if "klein" not in name} == table.keys()
     # FLUX.2 is not in the paper: the distilled ones have a strength, and a noise level instead of steps
     assert {name: found for name, found in repelling.items() if "klein" in name} == dict.fromkeys(
-        ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"), Repulsion(strength=1.0, until=0.95))
+        ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-9b-kv"), Repulsion(strength=0.5, until=0.95))
     for name, (iterations, steps, low, high) in table.items():
         found = PUBLIC[name].settings.repulsion
         assert (found.iterations, found.steps, found.strength) == (iterations, steps, None)
