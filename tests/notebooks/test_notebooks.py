@@ -32,7 +32,7 @@ def code_cells(file, tag=None):
 def compressed(png):
     """A picture in 256 colors, base64 → base64."""
     image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
-    image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(256, kmeans=3, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return min(base64.b64encode(file.getvalue()).decode(), png, key=len)
 
 
