@@ -49,12 +49,12 @@ def ours(folder, transformer, tmp_path):
     return [pipeline("a circle", 3, noise=NOISE, steps=4, repulsion=repulsion) for repulsion in (None, STRONG)]
 
 
-def check(pipe, folder, transformer, tmp_path):
+def check(pipe, folder, transformer, tmp_path, same=assert_same_pictures):
     typical, repelled = ours(folder, transformer, tmp_path)
-    assert_same_pictures(paint(pipe), typical)
-    assert_same_pictures(paint(pipe, STRONG), repelled)
+    same(paint(pipe), typical)
+    same(paint(pipe, STRONG), repelled)
     assert_other_pictures(repelled, typical)
-    assert_same_pictures(paint(pipe), typical)
+    same(paint(pipe), typical)
 
 
 # ---- weights
@@ -65,6 +65,11 @@ def quantized(folder):
     optimum.quanto.quantize(pipe.transformer, weights=optimum.quanto.qint8)
     optimum.quanto.freeze(pipe.transformer)
     return pipe
+
+
+def same_but_for_edges(found, expected):
+    """quanto's product is 0.5 % off float32's with the same numbers, which moves an edge here and there."""
+    assert abs(pixels(found) - pixels(expected)).mean() < 0.5
 
 
 @pytest.mark.parametrize("folder", [FLUX, SD3], ids=["tiny-flux", "tiny-turbo"])
@@ -79,7 +84,7 @@ def test_int8_weights_repel_as_the_numbers_that_they_stand_for(folder, tmp_path)
             rounded += not torch.equal(weight, wide)
             weight.data.copy_(wide)
     assert rounded > 50
-    check(pipe, folder, plain, tmp_path)
+    check(pipe, folder, plain, tmp_path, same_but_for_edges)
 
 
 def adapted(folder):

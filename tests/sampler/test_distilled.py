@@ -79,7 +79,7 @@ def test_the_flux_student_starts_as_its_teacher_where_positions_say_nothing(teac
     model.position_table.zero_()
     student = tiny_flux.student_of(model).double()
     torch.manual_seed(0)
-    latent, context = torch.randn(3, 6, 2, 2).double(), torch.randn(3, 24, 128).double()
+    latent, context = torch.randn(3, 16, 2, 2).double(), torch.randn(3, 24, 128).double()
     sigma = torch.tensor([0.2, 0.6, 1.0])
     wanted = model(latent, sigma, context, torch.zeros(3, 32).double())
     found = student(latent, sigma, context, torch.randn(3, 48).double(), guidance=torch.tensor([1.0, 3.0, 7.0]))

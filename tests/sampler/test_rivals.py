@@ -415,7 +415,7 @@ def test_the_teachers_steps_are_eulers_along_the_first_interval(pipeline):
 def test_a_teacher_that_does_not_fit_is_named(tmp_path_factory):
     folder = tmp_path_factory.mktemp("klein") / "klein"
     small = saved(klein(), folder)[1]
-    with pytest.raises(ValueError, match="the teacher tiny-sd3 makes latents of 6 channels, this model of 32"):
+    with pytest.raises(ValueError, match="the teacher tiny-sd3 makes latents of 16 channels, this model of 32"):
         small("a cat", 1, steps=1, height=64, width=64, method=TeacherFirst())
 
 

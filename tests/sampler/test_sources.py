@@ -28,9 +28,9 @@ from sampler.parts import StreamedBlocks, stream_blocks
 from weights import Stored
 from weights.configs import LATENTS
 
-CLIP = ClipConfig(vocab_size=644, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=1, activation="gelu",
-                  max_positions=24, projection_dim=64, end_token=643)
-T5 = T5Config(vocab_size=72, hidden_size=96, head_dim=12, intermediate_size=64, num_layers=2, num_heads=4)
+CLIP = ClipConfig(vocab_size=668, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=1, activation="gelu",
+                  max_positions=24, projection_dim=64, end_token=667)
+T5 = T5Config(vocab_size=80, hidden_size=96, head_dim=12, intermediate_size=64, num_layers=2, num_heads=4)
 FLUX = replace(PRESETS["flux1-dev"], hidden_size=128, num_heads=1, num_dual_blocks=2, num_single_blocks=2,
                context_dim=96, pooled_dim=64)
 SD3 = replace(PRESETS["sd3.5-large"], hidden_size=128, num_heads=2, num_dual_blocks=3, context_dim=128, pooled_dim=128,
@@ -132,7 +132,8 @@ def arrangements(family, folder, tmp_path):
 
 def test_every_arrangement_paints_the_same_pictures(originals, reference, tmp_path):
     for arrangement in arrangements(*originals, tmp_path):
-        assert (pixels(Pipeline.load(**arrangement)(**CALL)) == reference[1]).all(), arrangement
+        # Mapped from another file, tensors lie at other addresses, where products may be summed in another order.
+        assert abs(pixels(Pipeline.load(**arrangement)(**CALL)) - reference[1]).max() <= 1, arrangement
 
 
 def test_offloaded_parts_are_in_memory_one_at_a_time(originals, reference, monkeypatch):
