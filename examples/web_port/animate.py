@@ -25,13 +25,13 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 parser = argparse.ArgumentParser(prog="python -m examples.web_port.animate", description=__doc__)
 parser.add_argument("--out", type=Path, default=ROOT / "docs" / "page.webp")
 parser.add_argument("--prompt", default="a star")
-parser.add_argument("--seed", type=int, default=1)
-parser.add_argument("--most", type=float, default=2.4, help="the largest strength (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=2)
+parser.add_argument("--most", type=float, default=1.0, help="the largest strength (default: %(default)s)")
 args = parser.parse_args()
 
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=ROOT))
 threading.Thread(target=server.serve_forever, daemon=True).start()
-strengths = [0.3 * i for i in range(round(args.most / 0.3) + 1)]
+strengths = [0.1 * i for i in range(round(args.most / 0.1) + 1)]
 with sync_playwright() as p:
     found = next(filter(None, map(shutil.which, (p.chromium.executable_path, "chromium"))), None)
     browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -48,9 +48,10 @@ with sync_playwright() as p:
         page.locator("#strength").fill(f"{strength:.1f}")
         page.wait_for_selector("body[data-done]")
         page.wait_for_timeout(100)  # the figures follow in the next frame
-        top, bottom = (page.locator(f"#{row} .body").bounding_box() for row in ("typical", "repelled"))
-        clip = {"x": top["x"] - 12, "y": top["y"] - 12, "width": top["width"] + 24,
-                "height": bottom["y"] + bottom["height"] - top["y"] + 24}
+        if not frames:
+            top, bottom = (page.locator(f"#{row} .body").bounding_box() for row in ("typical", "repelled"))
+            clip = {"x": top["x"] - 12, "y": top["y"] - 12, "width": top["width"] + 24,
+                    "height": bottom["y"] + bottom["height"] - top["y"] + 24}
         frames.append(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
     browser.close()
 server.shutdown()

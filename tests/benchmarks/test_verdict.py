@@ -88,7 +88,7 @@ def test_the_report_is_of_stored_rows():
         "| contextual repulsion | 1.22 (1.22 … 1.22) | -1.2 | 1.25 (1.25 … 1.25) | -2.6 | 1.25 (1.25 … 1.25) | -2.6 |",
     ):
         assert line in text
-    (line,) = (line for line in text.splitlines() if line.startswith("| contextual repulsion | strength 2.0 | 1.25"))
+    (line,) = (line for line in text.splitlines() if line.startswith("| contextual repulsion | strength 0.5 | 1.25"))
     assert line.split(" | ")[-3:] == ["–", "1.07", "40 |"]
 
 
