@@ -63,7 +63,8 @@ function showStrength() {
 }
 
 function checkWords() {
-  const known = [...WORDS.flat(), ...SYNONYMS], said = $("prompt").value.toLowerCase().match(/[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
+  const known = [...WORDS.flat(), ...SYNONYMS];
+  const said = $("prompt").value.toLowerCase().match(/[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
   const unknown = [...new Set(said.filter((word) => !known.includes(word)))];
   $("hint").textContent = unknown.length
     ? `The model was not trained on ${unknown.map((word) => `“${word}”`).join(", ")}: its pictures may not fit.` : "";
