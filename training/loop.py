@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 RECORDED = 125  # steps that replay one CUDA graph
@@ -43,23 +43,10 @@ def as_matrix(convolution: nn.Parameter) -> nn.Parameter:
     return matrix
 
 
-class Batches(Dataset):
-    """The batches of the steps from `start` on, as `batch_at(step)` makes them."""
-
-    def __init__(self, batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int):
-        self.batch_at, self.start, self.steps = batch_at, start, steps
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __getitem__(self, index: int) -> list[Tensor] | Tensor:
-        return self.batch_at(self.start + index)
-
-
 def loaded(batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: int, device: str) -> DataLoader:
-    """The same batches; for a GPU other processes make them meanwhile."""
+    """The batches of the steps from `start` on; for a GPU other processes make them meanwhile."""
     workers = max(1, os.cpu_count() - 2) if device.startswith("cuda") else 0
-    return DataLoader(Batches(batch_at, start, steps), batch_size=None, num_workers=workers)
+    return DataLoader(range(start, steps), batch_size=None, collate_fn=batch_at, num_workers=workers)
 
 
 class Recorded:

@@ -119,8 +119,7 @@ def main() -> None:
     teacher = Teacher(args.teacher, args.device)
     ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
     student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
-    distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr,
-            args.minutes)
+    distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr, args.minutes)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
                SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
