@@ -10,7 +10,7 @@ POSITION_WORDS = {"left": "on the left", "right": "on the right", "top": "at the
 REVERSED = {"left of": "right of", "above": "below"}
 ALIKE = {"the": "a", "an": "a", "at": "on", "in": "on"}
 SYNONYMS = {"grey": "gray", "background": "ground", "middle": "center", "violet": "purple", "big": "large",
-           "centre": "center", "under": "below"}  # word: that of WORDS which means the same
+            "centre": "center", "under": "below"}  # word: that of WORDS which means the same
 INTERCHANGEABLE = {"a": ("the",), "an": ("the",)} | {  # word: its synonyms, one for one in any caption
     word: tuple(other for other, meant in SYNONYMS.items() if meant == word) for word in set(SYNONYMS.values())
 }

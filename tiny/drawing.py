@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .reader import find_ground, find_things, resized
-from .world import COLOR_RGB, SHAPES, coverage, pixel_grid, signed_distance
+from .world import COLOR_RGB, SHAPES, SIDE, coverage, pixel_grid, signed_distance
 
 CLEARLY = 0.25  # a pixel is wrong where a channel is off by more than this share of its range
 WELL = 50  # of 10,000 pixels; a picture with no more wrong ones is well drawn
@@ -19,14 +19,13 @@ def wrong_pixels(pixels: Tensor) -> list[float]:
 
 
 def closest_render(images: Tensor) -> Tensor:
-    """Each picture drawn anew as the renderer would draw what is read from it: (b, 3, h, h) in [-1, 1] → the same.
+    """Each picture drawn anew as the renderer would draw what is read in it: (b, 3, SIDE, SIDE) in [-1, 1] → the same.
 
     Ground and texture, and of each thing color, shape, place and size, are those that fit best, however badly.
     """
-    size = images.shape[-1]
-    images, (x, y) = images.detach().float().cpu() / 2 + 0.5, pixel_grid(size)
+    images, (x, y) = images / 2 + 0.5, pixel_grid(SIDE)
     redrawn = find_ground(images)[0].clone()
     for row, color, _, shape, _, (left, top, radius) in zip(*find_things(images, redrawn.clone()), strict=True):
-        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius, size)
+        alpha = coverage(signed_distance(SHAPES[shape], (x - left) / radius, (y - top) / radius) * radius)
         redrawn[row] = torch.lerp(redrawn[row], COLOR_RGB[color][:, None, None], alpha)
     return redrawn * 2 - 1

@@ -146,7 +146,7 @@ def find_components(mask: Tensor) -> Tensor:
     areas.scatter_add_(1, numbers, torch.ones_like(numbers))
     areas[:, 0] = 0  # label 0 is the ground
     area, label = areas.topk(3, dim=1)
-    label = label.masked_fill(area < SMALLEST * UNIT ** 2, -1)
+    label = label.masked_fill(area < SMALLEST * UNIT**2, -1)
     return labels[:, None] == label[:, :, None, None]
 
 
@@ -169,7 +169,7 @@ def silhouettes(images: Tensor, sheet: Tensor, component: Tensor, any_component:
     """
     solid = component.float()
     core = 1 - grow(1 - solid, UNIT)  # eroded by one unit
-    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6 * UNIT ** 2, core, solid)
+    core = torch.where(core.sum(dim=(1, 2), keepdim=True) >= 6 * UNIT**2, core, solid)
     color = (images * core[:, None]).sum(dim=(2, 3)) / core.sum(dim=(1, 2))[:, None]
     full = color[:, :, None, None] - sheet
     alpha = ((images - sheet) * full).sum(dim=1) / full.square().sum(dim=1).clamp(min=1e-4)
@@ -195,7 +195,7 @@ def fit_shapes(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, y = pixel_grid(size)
     pixels = alpha.sum(dim=(1, 2)).clamp(min=1e-4)
     center_x, center_y = (alpha * x).sum(dim=(1, 2)) / pixels, (alpha * y).sum(dim=(1, 2)) / pixels
-    area = pixels / UNIT ** 2
+    area = pixels / UNIT**2
     overlaps, fits = [], []
     for shape in SHAPES:
         unit_area, below = shape_moments(shape)

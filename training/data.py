@@ -13,7 +13,7 @@ from sampler.schedule import shifted
 from tiny.captions import describe, reword
 from tiny.world import Scene, forget, misstate, render, sample_scene
 
-from .loop import chunks, loaded, save_atomically
+from .loop import loaded, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's
@@ -54,11 +54,10 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: b
     """
     file = folder / "latents.pt"
     if not file.exists():
-        means, parts = [], [*chunks(len(data.scenes), 64)]
+        means, parts = [], torch.arange(len(data.scenes)).split(64)
 
         def batch_at(index: int) -> Tensor:
-            part = parts[index]
-            return data.pictures(torch.arange(part.start, part.stop), 10**6 + part.start)
+            return data.pictures(parts[index], 10**6 + 64 * index)
 
         for picture in loaded(batch_at, 0, len(parts), device):
             with torch.autocast(device, torch.bfloat16):

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -151,8 +151,3 @@ def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:
         return order[index * size : (index + 1) * size]
 
     return at
-
-
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover range(count)."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
