@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mmdit import MMDiTConfig
 from repulsion import Repulsion
 from sampler.parts import load_sharded
-from sampler.ranks import joined, shares
+from sampler.ranks import joined, leave, shares
 from weights import open_part
 from weights.detect import find_parts
 
@@ -99,6 +99,7 @@ def main() -> None:
         if not ours.rank:
             most = ", ".join(f"{gib:.2f} GiB" for gib in (memory if ours.size > 1 else [mine]))
             print(f"peak memory of a forward pass, {ours.size} process(es): {most}")
+    leave()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,12 @@ def main() -> int:
     options = parser()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
         options.error = lambda _: sys.exit(2)  # rank 0 says it
-    return exit_code(run, options)
+    code = exit_code(run, options)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from .ranks import leave
+
+        leave(code)
+    return code
 
 
 if __name__ == "__main__":

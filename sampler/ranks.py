@@ -10,6 +10,7 @@ branches of guidance, makes each of R ranks send 2 (1 − 1/R) g B/R N D e bytes
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,8 +186,20 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(rank, size, store)
     except BaseException as error:
         if store.add("failed", 1) > 1:
-            raise SystemExit(2) from None
+            leave(2)
         if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
             raise ConnectionError("another rank ended without a word: was it killed, for lack of memory?") from error
         raise
     dist.destroy_process_group()
+
+
+def leave(code: int = 0) -> None:
+    """Ends a process of torchrun with this exit code; any other goes on.
+
+    Without what Python does at its end: FSDP's device mesh keeps gloo's threads, and one that then lets go of a tensor
+    aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

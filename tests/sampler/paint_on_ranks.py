@@ -105,3 +105,4 @@ if __name__ == "__main__":
         if not ours.rank:
             torch.save({**result, "everyone": everyone}, out)
         dist.barrier()  # none ends while another still uses the connection
+    ranks.leave()

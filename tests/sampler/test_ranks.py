@@ -32,6 +32,12 @@ def torchrun(count, *command, folder):
                           env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
 
 
+def apart(*files):
+    """The largest difference of two pictures, of 255: not 0, since the processes may have other numbers of threads."""
+    one, other = (np.asarray(Image.open(file), dtype=int) for file in files)
+    return np.abs(one - other).max()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The small FLUX.2 pipelines; tiny-flux's transformer with blocks in float8."""
@@ -102,8 +108,7 @@ def test_the_program_on_ranks_writes_and_prints_once(call, tmp_path):
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert sorted(file.name for file in (tmp_path / "ranks").iterdir()) == names and len(names) == 10
     for name in (name for name in names if name[-5].isdigit()):
-        ours, one = (np.asarray(Image.open(tmp_path / folder / name), dtype=int) for folder in ("ranks", "one"))
-        assert np.abs(ours - one).max() <= 1, name
+        assert apart(*(tmp_path / folder / name for folder in ("ranks", "one"))) <= 1, name
 
 
 def test_ranks_take_prompts_in_turn(call, tmp_path):
@@ -117,8 +122,7 @@ def test_ranks_take_prompts_in_turn(call, tmp_path):
     assert sorted(lines) == ["00001-a-star", "00002-a-ring", "00003-a-circle"]
     for name in lines:
         for picture in ("repelled-00.png", "repelled-01.png"):
-            ours, one = (Image.open(tmp_path / folder / name / picture).tobytes() for folder in ("ranks", "one"))
-            assert ours == one
+            assert apart(*(tmp_path / folder / name / picture for folder in ("ranks", "one"))) <= 1
 
 
 FAILING = """
