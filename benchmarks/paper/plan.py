@@ -204,8 +204,8 @@ def stages(models: list[str], size: Size,
            finalists: Callable[[str, str], list[dict]]) -> Iterator[tuple[str, list[Job]]]:
     """Label and groups of one stage after the other, the most important first.
 
-    finalists: (model, method) → the settings that were chosen. It is asked when the method's settings were painted, so
-    when the stage before was.
+    finalists: (model, method) → the settings that were chosen, of which the first is painted before the ablations, on
+    half of its seeds. It is asked when the method's settings were painted, so when the stage before was.
     """
     def jobs(model: str, method: str, setting: dict, prompts: list[str], seeds: int = 1,
              images: int = GROUP) -> list[Job]:
@@ -220,8 +220,8 @@ def stages(models: list[str], size: Size,
         having = [model for model in models if method in tried[model]]
         yield f"{method}: choice", [job for model in having for setting in tried[model][method][: size.settings]
                                     for job in jobs(model, method, setting, size.choice)]
-        yield f"{method}: verdict", [job for model in having for setting in finalists(model, method)
-                                     for job in jobs(model, method, setting, size.reported, size.seeds)]
+        yield f"{method}: verdict", [job for model in having for setting in finalists(model, method)[:1]
+                                     for job in jobs(model, method, setting, size.reported, -(-size.seeds // 2))]
     yield "ablations", [job for model in models for name, rows in ablations(model).items()
                         if size.ablations is None or name in size.ablations for setting in rows.values()
                         for job in jobs(model, name, setting, size.ablated, size.ablated_seeds)]
@@ -233,6 +233,9 @@ def stages(models: list[str], size: Size,
             *jobs(model, "batch", {}, size.ablated, images=max(BATCHES)),
             *[job for images, seeds in BATCHES.items()
               for job in jobs(model, "batch", but(model), size.ablated, seeds, images)]]]
+    yield "the rest of the verdict", [job for model in models for method in tried[model]
+                                      for setting in finalists(model, method)
+                                      for job in jobs(model, method, setting, size.reported, size.seeds)]
 
 
 def told_everything(model: str) -> list[dict]:

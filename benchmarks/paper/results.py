@@ -80,9 +80,9 @@ class Results:
                 for setting, found in rows if common]
 
     def finalists(self, model: str, method: str) -> list[dict]:
-        """The settings chosen for any of ALLOWED, each once."""
+        """The settings chosen for any of ALLOWED, each once, that for MIDDLE first."""
         tried = self.tried(model, method)
-        chosen = [choose(tried, points) for points in ALLOWED]
+        chosen = [choose(tried, points) for points in sorted(ALLOWED, key=lambda points: points != MIDDLE)]
         return [one for i, one in enumerate(chosen) if one is not None and one not in chosen[:i]]
 
     def verdict(self, model: str) -> dict[str, dict[int, Result | None]]:

@@ -164,7 +164,7 @@ function showFigures() {
   if (!engine) return;
   const { steps, blocks, shift } = engine.settings, perStep = blocks - 1, point = Number($("point").value);
   const visible = ROWS.filter(shown), kernels = visible.map((row) => rows[row].kernels[point]);
-  const low = Math.min(0.99, ...kernels.filter(Boolean).flat(2));
+  const low = Math.min(0, ...kernels.filter(Boolean).flat(2));
   visible.forEach((row, i) => {
     if (kernels[i]) $(row).querySelector(".figures").innerHTML = `
       <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${number(low, 2)} to 1</figcaption></figure>

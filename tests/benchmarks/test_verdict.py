@@ -49,7 +49,7 @@ def test_settings_are_chosen_on_one_half_of_the_prompts_and_reported_on_the_othe
     rows = table(CHOICE, 1, s0=(1.3, 2.0), s1=(1.2, 0.9), s2=(1.4, 5.0), s3=(1.1, 0.5))
     rows += table(OPEN, 2, s0=(1.25, 2.6), s1=(1.22, 1.2), s2=(9.0, 0.0))  # s2 would win where it may not be chosen
     found = Results(rows)
-    assert found.finalists(MODEL, OURS) == [settings[1], settings[0]]
+    assert found.finalists(MODEL, OURS) == [settings[0], settings[1]]  # the one for two points first
     reported = found.verdict(MODEL)[OURS]
     assert [reported[p].setting for p in (1, 2, 3)] == [settings[i] for i in (1, 0, 0)]
     assert [reported[p].gain[0] for p in (1, 2)] == pytest.approx([1.22, 1.25])
