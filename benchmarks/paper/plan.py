@@ -35,7 +35,7 @@ class Size:
     """How much of the plan is painted."""
 
     settings: int  # of each method
-    choice: list[str]  # prompts that they are chosen on, one group each
+    choice: list[str]  # prompts that they are chosen on, one group each (the base: half as many as seeds)
     reported: list[str]  # prompts for the base, repulsion as shipped, and what was chosen
     seeds: int  # groups for each of them
     ablations: tuple[str, ...] | None  # None: all
@@ -214,7 +214,8 @@ def stages(models: list[str], size: Size,
 
     effect = [job for model in models for setting in ({}, but(model)) for job in
               jobs(model, "contextual repulsion" if setting else "base", setting, size.reported, size.seeds)]
-    yield "base and as shipped", effect + [job for m in models for job in jobs(m, "base", {}, size.choice)]
+    yield "base and as shipped", effect + [job for model in models
+                                           for job in jobs(model, "base", {}, size.choice, -(-size.seeds // 2))]
     tried = {model: settings(model) for model in models}
     for method in dict.fromkeys(method for model in models for method in tried[model]):
         having = [model for model in models if method in tried[model]]

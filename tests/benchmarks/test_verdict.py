@@ -44,6 +44,15 @@ def table(prompts, seeds, **settings):
             for name, (gain, lost) in asked for prompt in prompts for seed in range(seeds)]
 
 
+def test_what_is_chosen_from_is_compared_with_the_base_on_the_same_noises_and_on_all():
+    settings = plan.settings(MODEL)[OURS]
+    rows = [row({}, prompt, seed, 2.0 if seed else 1.6, 0.94 if seed else 1.0) for prompt in CHOICE for seed in range(3)]
+    ((setting, gain, lost),) = Results(rows + [row(settings[0], prompt, 0, 2.4, 0.95) for prompt in CHOICE]
+                                       ).tried(MODEL, OURS)
+    assert setting == settings[0] and lost == pytest.approx(100 * ((1.0 + 0.96) / 2 - 0.95))
+    assert gain == pytest.approx(2.4 / ((1.6 + 5.6 / 3) / 2))
+
+
 def test_settings_are_chosen_on_one_half_of_the_prompts_and_reported_on_the_other():
     settings = plan.settings(MODEL)[OURS]
     rows = table(CHOICE, 1, s0=(1.3, 2.0), s1=(1.2, 0.9), s2=(1.4, 5.0), s3=(1.1, 0.5))
