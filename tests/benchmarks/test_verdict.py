@@ -46,7 +46,8 @@ def table(prompts, seeds, **settings):
 
 def test_what_is_chosen_from_is_compared_with_the_base_on_the_same_noises_and_on_all():
     settings = plan.settings(MODEL)[OURS]
-    rows = [row({}, prompt, seed, 2.0 if seed else 1.6, 0.94 if seed else 1.0) for prompt in CHOICE for seed in range(3)]
+    lucky = [row({}, prompt, 0, 1.6, 1.0) for prompt in CHOICE]
+    rows = lucky + [row({}, prompt, seed, 2.0, 0.94) for prompt in CHOICE for seed in (1, 2)]
     ((setting, gain, lost),) = Results(rows + [row(settings[0], prompt, 0, 2.4, 0.95) for prompt in CHOICE]
                                        ).tried(MODEL, OURS)
     assert setting == settings[0] and lost == pytest.approx(100 * ((1.0 + 0.96) / 2 - 0.95))
