@@ -4,20 +4,29 @@ Random transformers of the shapes of FLUX.1, SD3 and FLUX.2, at a quarter of the
 and 1024 image tokens, in float32 and bfloat16. Ours, ours with compiled blocks, and diffusers alternate on one thread
 of one process; medians of the CPU time and their ratios are printed. Whole runs of the bundled checkpoints against
 diffusers' pipelines on the same folders come last. Needs `pip install -c constraints.txt -e ".[test]"`.
+
+`--official FOLDER …` adds the official code, where the folders have it: `src` of black-forest-labs/flux and of
+black-forest-labs/flux2, and Stability-AI/sd3.5. All calls get the same inputs, and their velocities must agree.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmdit import MMDiT
+from mmdit.model import patchify
 from sampler import Pipeline
 from sampler.parts import compile_blocks
-from weights import BUNDLED, load_transformer
+from weights import BUNDLED, load_transformer, save_transformer
 
 from .solver import milliseconds, show
 
@@ -31,6 +40,8 @@ SD3 = diffusers.SD3Transformer2DModel, {
 FLUX2 = diffusers.Flux2Transformer2DModel, {**HEADS, "num_layers": 2, "num_single_layers": 4, "in_channels": 128,
                                             "joint_attention_dim": 512, "guidance_embeds": False}
 MODELS = {"FLUX.1": FLUX1, "SD3": SD3, "FLUX.2": FLUX2}
+OFFICIAL = {"FLUX.1": "flux.model", "SD3": "mmditx", "FLUX.2": "flux2.model"}  # modules
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative; found: 3e-7, 2e-3
 SIDE, CONTEXT = 32, 256  # patches, tokens
 
 
@@ -42,22 +53,58 @@ def inputs(config, dtype: torch.dtype) -> tuple[Tensor, ...]:
             torch.randn(1, CONTEXT, config.context_dim, dtype=dtype), pooled)
 
 
+def sequence(latent: Tensor, axes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches, their positions and the context's: (1, c, H, W) → (1, m, c · p · p), (m, axes), (n, axes)."""
+    picture, text = torch.zeros(SIDE, SIDE, axes), torch.zeros(CONTEXT, axes)
+    picture[..., 1], picture[..., 2] = torch.arange(SIDE)[:, None], torch.arange(SIDE)
+    text[:, 3:] = torch.arange(CONTEXT)[:, None]
+    return patchify(latent, latent.shape[-1] // SIDE), picture.flatten(0, 1), text
+
+
 def theirs(model: nn.Module, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor | None) -> Callable:
     """The same call of diffusers' transformer: a sequence of patches and their positions, or SD3's latent."""
     if isinstance(model, diffusers.SD3Transformer2DModel):
-        return lambda: model(latent, context, pooled, 1000 * sigma)
+        return lambda: model(latent, context, pooled, 1000 * sigma)[0]
     flux2 = isinstance(model, diffusers.Flux2Transformer2DModel)
-    tokens = torch.randn(1, SIDE * SIDE, model.config.in_channels, dtype=latent.dtype)
-    axes = 4 if flux2 else 3
-    picture, text = torch.zeros(SIDE, SIDE, axes), torch.zeros(CONTEXT, axes)
-    picture[..., 1], picture[..., 2] = torch.arange(SIDE)[:, None], torch.arange(SIDE)
+    tokens, picture, text = sequence(latent, 4 if flux2 else 3)
     more = {} if flux2 else {"pooled_projections": pooled}
     return lambda: model(hidden_states=tokens, encoder_hidden_states=context, timestep=sigma, txt_ids=text,
-                         img_ids=picture.flatten(0, 1), **more)
+                         img_ids=picture, **more)[0]
 
 
-def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool) -> list[str]:
-    """A row: milliseconds of diffusers' forward pass, and ours, eager and compiled, relative to it."""
+def official(name: str, ours: MMDiT, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor | None) -> Callable:
+    """The same call of the official code with our weights."""
+    code, config = import_module(OFFICIAL[name]), ours.config
+    if name == "SD3":
+        linear = {"in_features": config.context_dim, "out_features": config.hidden_size}
+        model = code.MMDiTX(None, in_channels=config.latent_channels, depth=config.num_heads, qk_norm="rms",
+                            adm_in_channels=config.pooled_dim, pos_embed_max_size=config.position_table_size,
+                            num_patches=config.position_table_size**2,
+                            context_embedder_config={"target": "torch.nn.Linear", "params": linear})
+        model.joint_blocks = model.joint_blocks[-config.num_dual_blocks :]  # MMDiTX made one per head
+        given = latent, 1000 * sigma, pooled, context
+    else:
+        tokens, picture, text = sequence(latent, len(config.rope_axes))
+        sizes = {"in_channels": config.patch_dim, "context_in_dim": config.context_dim, "theta": config.rope_theta,
+                 "hidden_size": config.hidden_size, "mlp_ratio": config.mlp_ratio, "num_heads": config.num_heads,
+                 "depth": config.num_dual_blocks, "depth_single_blocks": config.num_single_blocks,
+                 "axes_dim": config.rope_axes}
+        if name == "FLUX.1":
+            model = code.Flux(code.FluxParams(**sizes, out_channels=config.patch_dim, vec_in_dim=config.pooled_dim,
+                                              qkv_bias=True, guidance_embed=False))
+            given = tokens, picture[None], context, text[None], sigma, pooled
+        else:
+            model = code.Flux2(code.Flux2Params(**sizes, use_guidance_embed=False))
+            given = tokens, picture[None], sigma, context, text[None], None
+    with tempfile.TemporaryDirectory() as folder:
+        save_transformer(ours, file := f"{folder}/x.safetensors")
+        state = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in load_file(file).items()}
+    model.to(latent.dtype).load_state_dict(state)
+    return lambda: model(*given)
+
+
+def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool, with_official: bool) -> list[str]:
+    """A row: milliseconds of diffusers' forward pass; relative to it ours, eager and compiled, and the official one."""
     kind, sizes = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
         model = kind(**sizes).to(dtype).eval()
@@ -67,7 +114,12 @@ def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool) -> list[st
         if compiled:
             compile_blocks(ours[1])
         calls = [theirs(model, *given), *(lambda ours=ours: ours(*given) for ours in ours)]
+        if with_official and find_spec(OFFICIAL[name].partition(".")[0]):
+            calls.append(official(name, ours[0], *given))
         with torch.no_grad():
+            first, *rest = (x if x.ndim == 3 else patchify(x, x.shape[-1] // SIDE) for x in (call() for call in calls))
+            errors = [((x - first).norm() / first.norm()).item() for x in rest]
+            assert max(errors) < TOLERANCE[dtype], f"{name}: the velocities differ by {errors}"
             base, *found = milliseconds(runs, *calls, clock=time.process_time)
     return [name, str(dtype).removeprefix("torch."), f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
 
@@ -90,14 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="ours compiled as well; needs a C++ compiler")
+    parser.add_argument("--official", nargs="+", metavar="FOLDER", help="where the official code is to be found")
     parser.add_argument("--rows", nargs="+", choices=[*MODELS, *BUNDLED], default=[*MODELS, *BUNDLED])
     args = parser.parse_args()
+    sys.path += args.official or []
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    rows = [compare(name, dtype, args.runs, args.compile) for name in args.rows if name in MODELS
+    rows = [compare(name, dtype, args.runs, args.compile, bool(args.official)) for name in args.rows if name in MODELS
             for dtype in (torch.float32, torch.bfloat16)]
     rows += [whole_run(name, args.runs, args.compile) for name in args.rows if name in BUNDLED]
-    show(" | ".join(["", "dtype", "diffusers, ms", "ours", *["ours, compiled"][: args.compile]]), rows)
+    columns = {"diffusers, ms": True, "ours": True, "ours, compiled": args.compile, "official": args.official}
+    head = ["", "dtype", *(column for column, shown in columns.items() if shown)]
+    show(" | ".join(head), [row + ["–"] * (len(head) - len(row)) for row in rows])
 
 
 if __name__ == "__main__":
