@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import diffusers
 import torch
@@ -145,6 +146,8 @@ def main() -> None:
     parser.add_argument("--official", nargs="+", metavar="FOLDER", help="where the official code is to be found")
     parser.add_argument("--rows", nargs="+", choices=[*MODELS, *BUNDLED], default=[*MODELS, *BUNDLED])
     args = parser.parse_args()
+    if missing := [folder for folder in args.official or [] if not Path(folder).is_dir()]:
+        parser.error(f"--official {missing[0]}: no such folder")
     sys.path += args.official or []
     torch.manual_seed(0)
     torch.set_num_threads(1)
