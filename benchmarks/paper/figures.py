@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..sheets import sheet
-from .plan import REGIMES
+from .plan import REGIMES, but, by_strength
 from .results import OURS, Result, Results
 from .run import pictures
 
@@ -23,18 +23,22 @@ def colors_of(results: Results, model: str) -> dict[str, str]:
     """Contextual repulsion and its two closest rivals; all others are grey."""
     ranked = results.ranked(model)
     closest = [method for method in ranked if method != OURS][:2]
-    return {**({OURS: RED} if OURS in ranked else {}), **dict(zip(closest, (BLUE, GREEN), strict=False))}
+    return {OURS: RED, **dict(zip(closest, (BLUE, GREEN), strict=False))}
 
 
 @rc_context(STYLE)
 def verdict_figure(results: Results, models: list[str]) -> Figure:
-    """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen."""
+    """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen, and
+    contextual repulsion at rising strengths."""
     figure = Figure(figsize=(5.6 * len(models), 6), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     for model, panel in zip(models, panels, strict=True):
         colors = colors_of(results, model)
         for method, found in results.verdict(model).items():
-            draw_method(panel, list({str(r.setting): r for r in found.values() if r}.values()), colors.get(method))
+            shown = list({str(r.setting): r for r in found.values() if r}.values())
+            if method == OURS:
+                shown = [r for r in (results.result(model, setting) for setting in by_strength(model)) if r]
+            draw_method(panel, shown, colors.get(method))
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
         panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=(None, SHOWN))
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
@@ -80,9 +84,9 @@ def ablations_figure(results: Results, models: list[str], names: list[str]) -> F
 
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
-    """What the base, contextual repulsion and its closest rivals paint from the same seeds, as the table has them."""
-    ranked = results.ranked(model)
-    ways = {"base": {}, **{method: ranked[method].setting for method in colors_of(results, model)}}
+    """What the base, contextual repulsion as shipped and its closest rivals paint from the same seeds."""
+    ranked, closest = results.ranked(model), [method for method in colors_of(results, model) if method != OURS]
+    ways = {"base": {}, OURS: but(model), **{method: ranked[method].setting for method in closest}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")

@@ -27,6 +27,7 @@ FULL = full_prompts(30)
 BATCHES = {2: 8, 4: 4, 8: 2, 16: 1, 32: 1}  # pictures → seeds, so that small batches are measured on as many pictures
 KNOBS = "strength", "η"
 ETAS = "1e4", "1e5", "3e5", "1e6", "1e7"
+SHARES = 0.5, 1.0, 1.5, 2.0  # of the shipped strength
 LOWER = 0.7  # of the guidance above 1, what the second half of the settings has where there is guidance
 
 
@@ -119,6 +120,11 @@ def guided(model: str) -> bool:
 def guidance(model: str, share: float) -> float:
     """What is left of the checkpoint's guidance: 1, the prompt alone, at share 0, and all of it at 1."""
     return round(1 + share * (pipeline_of(model).defaults.guidance - 1), 3)
+
+
+def by_strength(model: str) -> list[dict]:
+    """Contextual repulsion as shipped at rising strengths, which every other method is compared with."""
+    return [but(model, strength=round(share * pipeline_of(model).defaults.repulsion.strength, 4)) for share in SHARES]
 
 
 def push(model: str, **length: float) -> dict:
@@ -217,6 +223,9 @@ def stages(models: list[str], size: Size,
     yield "base and as shipped", effect + [job for model in models
                                            for job in jobs(model, "base", {}, size.choice, -(-size.seeds // 2))]
     tried = {model: settings(model) for model in models}
+    yield "contextual repulsion by strength", [job for model in models for setting in by_strength(model)
+                                               for job in jobs(model, "strengths", setting, size.reported,
+                                                               -(-size.seeds // 2))]
     for method in dict.fromkeys(method for model in models for method in tried[model]):
         having = [model for model in models if method in tried[model]]
         yield f"{method}: choice", [job for model in having for setting in tried[model][method][: size.settings]

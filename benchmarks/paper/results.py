@@ -17,7 +17,7 @@ from tiny.world import render, sample_scene
 from ..prompts import CHOICE
 from .embedding import Embedding
 from .measures import Interval, interval, kernel_distance, mean, to_scene, values_reached, vectors_of
-from .plan import FULL, GROUP, ablations, pipeline_of, settings
+from .plan import FULL, GROUP, ablations, by_strength, pipeline_of, settings
 
 ALLOWED = 1, 2, 3  # points of adherence that a chosen setting may lose
 MIDDLE = 2  # of these, the one that methods are ranked at
@@ -121,10 +121,26 @@ class Results:
                 found[prompt].append((mine[prompt, seed], other[prompt, seed]))
         return found
 
-    def ahead(self, model: str, setting: dict, other: dict) -> Interval:
-        """The Vendi score of a setting over that of another, on the groups that both have."""
-        pairs = self.pairs(model, setting, other).values()
-        return interval([columns_of(groups, ["vendi"]) for groups in pairs], lambda m: m[..., 0] / m[..., 1])
+    def ahead(self, model: str, setting: dict) -> Interval | None:
+        """The gain of contextual repulsion over that of a setting, where both lose as much adherence.
+
+        Contextual repulsion lies on straight lines from the base through its rising strengths, at the largest that
+        loses no more than the setting does, or nothing. On the groups that all of them have; None for none.
+        """
+        found = [self.groups(model, one) for one in ({}, setting, *by_strength(model))]
+        found, by_prompt = [groups for groups in found if groups], defaultdict(list)
+        for prompt, seed in sorted(set.intersection(*map(set, found))):
+            rows = [groups[prompt, seed] for groups in found]
+            by_prompt[prompt].append([row[name] for name in ("vendi", "adherence") for row in rows])
+
+        def ratio(means: Tensor) -> Tensor:
+            vendi, kept = means.unflatten(-1, (2, -1)).unbind(-2)
+            gain, lost = vendi / vendi[..., :1], kept[..., :1] - kept
+            own = [x[..., [0, *range(2, x.shape[-1])]] for x in (lost, gain)]  # from the base on
+            return interpolate(lost[..., 1].clamp(min=0), own[0].cummax(dim=-1).values, own[1]) / gain[..., 1]
+        if len(found) < 3 or not by_prompt:
+            return None
+        return interval([torch.tensor(rows, dtype=torch.float64) for rows in by_prompt.values()], ratio)
 
     def result(self, model: str, setting: dict, only: set[tuple] | None = None) -> Result | None:
         """What a setting came to, on the groups that the base has as well; None for none. `only`: on these groups."""
@@ -140,6 +156,13 @@ class Results:
         common = set(self.groups(model, {})).intersection(*[self.groups(model, setting) for setting in rows.values()])
         found = {row: self.result(model, setting, common) for row, setting in rows.items()}
         return {row: result for row, result in found.items() if result} if len(found) > 1 else {}
+
+
+def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """What ys (…, k) are at x (…), linear between xs (…, k), which never fall; at their ends what they are there."""
+    i = (xs <= x[..., None]).sum(dim=-1, keepdim=True).clamp(1, xs.shape[-1] - 1)
+    (x0, x1), (y0, y1) = ([one.gather(-1, i + d)[..., 0] for d in (-1, 0)] for one in (xs, ys))
+    return torch.lerp(y0, y1, ((x - x0) / (x1 - x0).clamp(min=1e-12)).clamp(0, 1))
 
 
 def columns_of(groups: list[tuple[dict, dict]], names: Sequence[str]) -> Tensor:

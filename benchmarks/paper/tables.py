@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .measures import Interval, interval, over_prompts, to_scene, vendi_of_pairs
-from .plan import BATCHES, KNOBS, REGIMES, SIZES, Job, ablations, but, settings, stages, told_everything
+from .plan import BATCHES, KNOBS, REGIMES, SIZES, Job, ablations, but, by_strength, settings, stages, told_everything
 from .results import ALLOWED, MIDDLE, OURS, Result, Results
 
 HEAD = ["Vendi × base", "adherence, points", "Vendi of embeddings × base", "wrong pixels", "KID", "coverage"]
@@ -79,16 +79,22 @@ def equal_table(results: Results, model: str) -> str:
     return markdown(["method", *head], lines)
 
 
+def strength_table(results: Results, model: str) -> str:
+    """Contextual repulsion at rising strengths."""
+    found = [(setting, results.result(model, setting)) for setting in by_strength(model)]
+    return markdown(["contextual repulsion", *HEAD, "groups"],
+                    [[short(setting), *cells(result), f"{result.groups}"] for setting, result in found if result])
+
+
 def verdict_table(results: Results, model: str, costs: list[dict]) -> str:
     """Each method as it was chosen for MIDDLE points, the largest gain first; and contextual repulsion over it."""
     ranked, lines = results.ranked(model), []
     for method, result in ranked.items():
         times = [row["ratio"] for row in costs if (row["model"], row["setting"]) == (model, result.setting)]
-        lines.append([method, short(result.setting), *cells(result),
-                      within(results.ahead(model, ranked[OURS].setting, result.setting), ".2f")
-                      if OURS in ranked and method != OURS else "–",
+        ahead = method != OURS and results.ahead(model, result.setting)
+        lines.append([method, short(result.setting), *cells(result), within(ahead, ".2f") if ahead else "–",
                       f"{times[0]:.2f}" if times else "–", f"{result.groups}"])
-    head = ["method", "setting", *HEAD, "Vendi of contextual over it", "time × base", "groups"]
+    head = ["method", "setting", *HEAD, "contextual at its adherence, over it", "time × base", "groups"]
     missing = [f"{method} ({min(lost for _, _, lost in results.tried(model, method)):.1f} points)"
                for method, one in results.verdict(model).items() if one.get(MIDDLE, True) is None]
     text = f"\nNo setting loses {MIDDLE} points or less, on the prompts to choose on, of: {', '.join(missing)}.\n"
@@ -157,7 +163,8 @@ def report(rows: list[dict], costs: list[dict]) -> str:
              "## The effect at the shipped settings\n", effect_table(results, models)]
     for model in models:
         if results.verdict(model):
-            parts += [f"## {model}: {REGIMES[model]}\n", "### Gain at equal adherence\n", equal_table(results, model),
+            parts += [f"## {model}: {REGIMES[model]}\n", "### By strength\n", strength_table(results, model),
+                      "### Gain at equal adherence\n", equal_table(results, model),
                       f"### At {MIDDLE} points\n", verdict_table(results, model, costs)]
     if len(models) > 1 and results.ablation(models[0], KNOBS[0]):
         parts += ["## One knob\n", knob_table(results, models)]

@@ -66,7 +66,6 @@ def test_settings_are_chosen_on_one_half_of_the_prompts_and_reported_on_the_othe
     assert reported[2].adherence[0] == pytest.approx(-2.6) and reported[2].groups == 2 * len(OPEN)
     assert reported[2].wrong_pixels[0] == pytest.approx(20 * 1.25 - 20)
     assert found.verdict(MODEL).keys() == {OURS}  # of the others nothing was painted
-    assert found.ahead(MODEL, settings[0], settings[1])[0] == pytest.approx(1.25 / 1.22)
 
 
 def test_settings_are_compared_on_the_groups_that_all_have():
@@ -76,6 +75,16 @@ def test_settings_are_compared_on_the_groups_that_all_have():
     rows[2] |= {"vendi": 2.1}  # s0 there: 1.05
     assert Results(rows).tried(MODEL, OURS) == [(settings[0], pytest.approx(1.05), pytest.approx(1.0)),
                                                 (settings[1], pytest.approx(1.1), pytest.approx(1.0))]
+
+
+@pytest.mark.parametrize("gain,lost,ours", [(1.15, 2.0, 1.2), (1.1, 1.0, 1.1), (1.02, -0.5, 1.0), (1.4, 5.0, 1.3)])
+def test_contextual_repulsion_is_compared_where_it_loses_as_much(gain, lost, ours):
+    weak, strong, *_ = plan.by_strength(MODEL)
+    rival = plan.settings(MODEL)["away from the mean"][0]
+    measured = ({}, 1.0, 0.0), (weak, 1.1, 1.0), (strong, 1.3, 3.0), (rival, gain, lost)
+    found = Results([row(setting, prompt, seed, 2 * factor, 0.9 - points / 100)
+                     for setting, factor, points in measured for prompt in OPEN for seed in range(2)])
+    assert found.ahead(MODEL, rival)[0] == pytest.approx(ours / gain)
 
 
 def test_a_method_without_a_setting_that_keeps_the_prompt_is_named():
