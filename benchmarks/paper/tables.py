@@ -101,6 +101,20 @@ def verdict_table(results: Results, model: str, costs: list[dict]) -> str:
     return markdown(head, lines) + (text if missing else "")
 
 
+def summary_table(results: Results, models: list[str]) -> str:
+    """Each method at the first of its finalists, on each checkpoint, and contextual repulsion over it."""
+    lines: dict[str, list[str]] = {}
+    for place, model in enumerate(models):
+        for method in settings(model):
+            for setting in results.finalists(model, method)[:1] if method != OURS else ():
+                found, ahead = results.result(model, setting), results.ahead(model, setting)
+                if found and ahead:
+                    line, own = lines.setdefault(method, ["–", "–"] * len(models)), slice(2 * place, 2 * place + 2)
+                    line[own] = f"{found.gain[0]:.2f} ({found.adherence[0]:+.1f})", within(ahead, ".2f")
+    head = [cell for model in models for cell in (f"{model}: gain (points)", "contextual over it")]
+    return markdown(["method", *head], [[method, *line] for method, line in lines.items()])
+
+
 def choice_table(results: Results, model: str) -> str:
     """What was tried on the prompts to choose on."""
     return markdown(["method", "setting", "Vendi × base", "adherence, points"], [
@@ -161,6 +175,8 @@ def report(rows: list[dict], costs: list[dict]) -> str:
     parts = ["# The paper in miniature: tables\n", "Made by `python -m benchmarks.paper` from its raw results.\n",
              f"Painted so far: {painted:,} of {len(planned):,} groups of the full plan.\n",
              "## The effect at the shipped settings\n", effect_table(results, models)]
+    if any(results.verdict(model) for model in models):
+        parts += ["## Contextual repulsion beside the others\n", summary_table(results, models)]
     for model in models:
         if results.verdict(model):
             parts += [f"## {model}: {REGIMES[model]}\n", "### By strength\n", strength_table(results, model),
