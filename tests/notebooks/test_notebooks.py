@@ -43,6 +43,7 @@ def test_there_are_notebooks():
 @every_notebook
 def test_it_runs_top_to_bottom(file, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # also where the packages are not installed
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that spin take twice as long on cores that others use
     notebook, save = nbformat.read(file, as_version=4), os.environ.get("SAVE_NOTEBOOKS")
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()) and not save:
