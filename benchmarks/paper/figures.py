@@ -14,15 +14,15 @@ from .run import pictures
 STYLE = {"svg.hashsalt": "figures", "font.size": 15, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False}
 RED, BLUE, GREEN, GREY = "#c1121f", "#1f6fb4", "#2f8f4e", "#bbbbbb"
-SHOWN = 6  # points of lost adherence at which a panel ends
+SHOWN = -2, 6  # points of lost adherence that a panel shows
 DRAWN = "blocks", "place", "objective"  # of the ablations
 GRID_PROMPTS = ["a circle", "a star above a ring"]
 
 
 def colors_of(results: Results, model: str) -> dict[str, str]:
-    """Contextual repulsion and its two closest rivals; all others are grey."""
-    ranked = results.ranked(model)
-    closest = [method for method in ranked if method != OURS][:2]
+    """Contextual repulsion and the two methods that it is least ahead of; all others are grey."""
+    found = results.beside(model)
+    closest = sorted(found, key=lambda method: found[method][1][0])[:2]
     return {OURS: RED, **dict(zip(closest, (BLUE, GREEN), strict=False))}
 
 
@@ -40,7 +40,7 @@ def verdict_figure(results: Results, models: list[str]) -> Figure:
                 shown = [r for r in (results.result(model, setting) for setting in by_strength(model)) if r]
             draw_method(panel, shown, colors.get(method))
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
-        panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=(None, SHOWN))
+        panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=SHOWN)
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
         lines += [panel.plot([], [], "o-", color=GREY, label="others")[0]]
         lines += panel.plot([], [], "o", color="black", markersize=9, label="base")
@@ -51,7 +51,7 @@ def verdict_figure(results: Results, models: list[str]) -> Figure:
 
 def draw_method(panel: Axes, found: list[Result], color: str | None) -> None:
     """A line from the base through a method's settings by rising loss; intervals where it has a color."""
-    found = sorted((r for r in found if -r.adherence[0] <= SHOWN), key=lambda r: -r.adherence[0])
+    found = sorted((r for r in found if -r.adherence[0] <= SHOWN[1]), key=lambda r: -r.adherence[0])
     points = [(0.0, 1.0), *[(-r.adherence[0], r.gain[0]) for r in found]]
     panel.plot(*zip(*points, strict=True), "-", color=color or GREY, lw=3 if color else 1.2, zorder=3 if color else 1)
     panel.plot(*zip(*points[1:], strict=True) if found else ([], []), "o", color=color or GREY,
@@ -85,8 +85,8 @@ def ablations_figure(results: Results, models: list[str], names: list[str]) -> F
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
     """What the base, contextual repulsion as shipped and its closest rivals paint from the same seeds."""
-    ranked, closest = results.ranked(model), [method for method in colors_of(results, model) if method != OURS]
-    ways = {"base": {}, OURS: but(model), **{method: ranked[method].setting for method in closest}}
+    found, closest = results.beside(model), [method for method in colors_of(results, model) if method != OURS]
+    ways = {"base": {}, OURS: but(model), **{method: found[method][0].setting for method in closest}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")

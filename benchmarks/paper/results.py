@@ -142,6 +142,16 @@ class Results:
             return None
         return interval([torch.tensor(rows, dtype=torch.float64) for rows in by_prompt.values()], ratio)
 
+    def beside(self, model: str) -> dict[str, tuple[Result, Interval]]:
+        """Every other method → what the first of its finalists came to, and contextual repulsion over it (`ahead`)."""
+        found = {}
+        for method in settings(model):
+            for setting in self.finalists(model, method)[:1] if method != OURS else ():
+                result, ahead = self.result(model, setting), self.ahead(model, setting)
+                if result and ahead:
+                    found[method] = result, ahead
+        return found
+
     def result(self, model: str, setting: dict, only: set[tuple] | None = None) -> Result | None:
         """What a setting came to, on the groups that the base has as well; None for none. `only`: on these groups."""
         which = model, json.dumps(setting), only and frozenset(only)

@@ -105,12 +105,9 @@ def summary_table(results: Results, models: list[str]) -> str:
     """Each method at the first of its finalists, on each checkpoint, and contextual repulsion over it."""
     lines: dict[str, list[str]] = {}
     for place, model in enumerate(models):
-        for method in settings(model):
-            for setting in results.finalists(model, method)[:1] if method != OURS else ():
-                found, ahead = results.result(model, setting), results.ahead(model, setting)
-                if found and ahead:
-                    line, own = lines.setdefault(method, ["–", "–"] * len(models)), slice(2 * place, 2 * place + 2)
-                    line[own] = f"{found.gain[0]:.2f} ({found.adherence[0]:+.1f})", within(ahead, ".2f")
+        for method, (found, ahead) in results.beside(model).items():
+            line, own = lines.setdefault(method, ["–", "–"] * len(models)), slice(2 * place, 2 * place + 2)
+            line[own] = f"{found.gain[0]:.2f} ({found.adherence[0]:+.1f})", within(ahead, ".2f")
     head = [cell for model in models for cell in (f"{model}: gain (points)", "contextual over it")]
     return markdown(["method", *head], [[method, *line] for method, line in lines.items()])
 
