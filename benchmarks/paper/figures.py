@@ -19,11 +19,10 @@ DRAWN = "blocks", "place", "objective"  # of the ablations
 GRID_PROMPTS = ["a circle", "a star above a ring"]
 
 
-def colors_of(results: Results, model: str) -> dict[str, str]:
-    """Contextual repulsion and the two methods that it is least ahead of; all others are grey."""
+def closest(results: Results, model: str) -> list[str]:
+    """The two methods that contextual repulsion is least ahead of."""
     found = results.beside(model)
-    closest = sorted(found, key=lambda method: found[method][1][0])[:2]
-    return {OURS: RED, **dict(zip(closest, (BLUE, GREEN), strict=False))}
+    return sorted(found, key=lambda method: found[method][1][0])[:2]
 
 
 @rc_context(STYLE)
@@ -33,12 +32,11 @@ def verdict_figure(results: Results, models: list[str]) -> Figure:
     figure = Figure(figsize=(5.6 * len(models), 6), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     for model, panel in zip(models, panels, strict=True):
-        colors = colors_of(results, model)
+        colors = {OURS: RED, **dict(zip(closest(results, model), (BLUE, GREEN), strict=False))}  # all others are grey
+        own = [results.result(model, setting) for setting in by_strength(model)]
         for method, found in results.verdict(model).items():
-            shown = list({str(r.setting): r for r in found.values() if r}.values())
-            if method == OURS:
-                shown = [r for r in (results.result(model, setting) for setting in by_strength(model)) if r]
-            draw_method(panel, shown, colors.get(method))
+            shown = {str(r.setting): r for r in (own if method == OURS else found.values()) if r}
+            draw_method(panel, list(shown.values()), colors.get(method))
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
         panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=SHOWN)
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
@@ -85,8 +83,8 @@ def ablations_figure(results: Results, models: list[str], names: list[str]) -> F
 
 def grid_figure(results: Results, model: str, folder: Path) -> None:
     """What the base, contextual repulsion as shipped and its closest rivals paint from the same seeds."""
-    found, closest = results.beside(model), [method for method in colors_of(results, model) if method != OURS]
-    ways = {"base": {}, OURS: but(model), **{method: found[method][0].setting for method in closest}}
+    found = results.beside(model)
+    ways = {"base": {}, OURS: but(model), **{method: found[method][0].setting for method in closest(results, model)}}
     rows = {name: [picture for prompt in GRID_PROMPTS for picture in pictures(model, setting, prompt, seed=0)]
             for name, setting in ways.items()}
     sheet(rows, GRID_PROMPTS).save(folder / f"grid-{model}.png")

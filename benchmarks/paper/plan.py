@@ -218,20 +218,20 @@ def stages(models: list[str], size: Size,
         return [Job(model, method, json.dumps(setting), prompt, seed, images)
                 for seed in range(seeds) for prompt in prompts]
 
+    half = -(-size.seeds // 2)
     effect = [job for model in models for setting in ({}, but(model)) for job in
               jobs(model, "contextual repulsion" if setting else "base", setting, size.reported, size.seeds)]
     yield "base and as shipped", effect + [job for model in models
-                                           for job in jobs(model, "base", {}, size.choice, -(-size.seeds // 2))]
+                                           for job in jobs(model, "base", {}, size.choice, half)]
     tried = {model: settings(model) for model in models}
     yield "contextual repulsion by strength", [job for model in models for setting in by_strength(model)
-                                               for job in jobs(model, "strengths", setting, size.reported,
-                                                               -(-size.seeds // 2))]
+                                               for job in jobs(model, "strengths", setting, size.reported, half)]
     for method in dict.fromkeys(method for model in models for method in tried[model]):
         having = [model for model in models if method in tried[model]]
         yield f"{method}: choice", [job for model in having for setting in tried[model][method][: size.settings]
                                     for job in jobs(model, method, setting, size.choice)]
         yield f"{method}: verdict", [job for model in having for setting in finalists(model, method)[:1]
-                                     for job in jobs(model, method, setting, size.reported, -(-size.seeds // 2))]
+                                     for job in jobs(model, method, setting, size.reported, half)]
     yield "ablations", [job for model in models for name, rows in ablations(model).items()
                         if size.ablations is None or name in size.ablations for setting in rows.values()
                         for job in jobs(model, name, setting, size.ablated, size.ablated_seeds)]

@@ -81,8 +81,8 @@ class Results:
         def of_base(name: str) -> float:
             of_all = [mean([row[name] for (other, _), row in base.items() if other == prompt]) for prompt, _ in common]
             return (sum_of(name, base) + sum(of_all)) / 2
-        return [(setting, sum_of("vendi", found) / of_base("vendi"),
-                 100 * (of_base("adherence") - sum_of("adherence", found)) / len(common))
+        vendi, kept = of_base("vendi"), of_base("adherence")
+        return [(setting, sum_of("vendi", found) / vendi, 100 * (kept - sum_of("adherence", found)) / len(common))
                 for setting, found in rows if common]
 
     def finalists(self, model: str, method: str) -> list[dict]:
