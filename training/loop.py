@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mmdit import MMDiT
+from sampler.parts import compile_blocks
+
 RECORDED = 125  # steps that replay one CUDA graph
 
 
@@ -47,6 +50,13 @@ def loaded(batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: 
     """The batches of the steps from `start` on; for a GPU other processes make them meanwhile."""
     workers = max(1, os.cpu_count() - 2) if device.startswith("cuda") else 0
     return DataLoader(range(start, steps), batch_size=None, collate_fn=batch_at, num_workers=workers)
+
+
+def compile_all(*models: MMDiT) -> None:
+    """Compile the blocks of models whose batches are all of one size: a kind of block once for each size."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    for model in models:
+        compile_blocks(model)
 
 
 class Recorded:

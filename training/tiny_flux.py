@@ -20,14 +20,14 @@ from weights import BUNDLED, load_transformer
 
 from .data import LENGTH, Data, noised
 from .export import export_flux
-from .loop import batches, train
+from .loop import batches, compile_all, train
 from .teacher import FluxTextEncoders, Teacher
 from .tiny_sd3 import start_at_zero
 
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
-SAMPLING = {"steps": 20, "guidance": 4.5, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
+SAMPLING = {"steps": 20, "guidance": 5.0, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
             "repulsion": {"strength": 0.5, "steps": 4}}
 
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of student and teacher")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,8 @@ def main() -> None:
     encoders = FluxTextEncoders(teacher)
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
+    if args.compile:
+        compile_all(student, teacher.transformer)
     distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
             args.batch, args.lr, args.minutes)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]

@@ -23,13 +23,13 @@ from weights import BUNDLED, load_transformer
 
 from .data import Data
 from .export import export_sd3
-from .loop import batches, save_atomically, train
+from .loop import batches, compile_all, save_atomically, train
 from .teacher import Teacher
 
 SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
 STEPS = 4
 FINE = 5  # the teacher's steps in each of the student's, except the last
-GUIDANCE = 4.5
+GUIDANCE = 5.0
 CHUNK = 512  # trajectories sampled at once
 SAMPLING = {"steps": STEPS, "guidance": 1.0, "height": SIDE, "width": SIDE, "world": "tiny",
             "repulsion": {"strength": 0.5, "steps": 1}}
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="examples a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.trajectories < CHUNK or args.trajectories % CHUNK:
@@ -119,6 +120,8 @@ def main() -> None:
     teacher = Teacher(args.teacher, args.device)
     ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
     student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
+    if args.compile:
+        compile_all(student)
     distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr, args.minutes)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
                SHIFT, SAMPLING)
