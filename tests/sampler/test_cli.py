@@ -26,7 +26,7 @@ def test_it_writes_both_batches_and_what_is_in_them(call, tmp_path, capsys):
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["prompt"] == "a circle" and summary["seed"] == 7 and summary["steps"] == 3
-    assert summary["guidance"] == 5.0 and summary["repulsion"]["scale"] == 1e5
+    assert summary["guidance"] == 6.0 and summary["repulsion"]["scale"] == 1e5
     for batch in summary["batches"].values():
         assert 1 <= batch["vendi"] <= 2 and 0 <= batch["adherence"] <= 1 and batch["seconds"] > 0
         assert all(sum(counts.values()) <= 6 for counts in batch["attributes"].values())
