@@ -69,7 +69,8 @@ def sequence(latent: Tensor, patch: int, axes: int) -> tuple[Tensor, Tensor, Ten
     return patchify(latent, patch), picture.flatten(0, 1), text
 
 
-def theirs(model: nn.Module, patch: int, latent: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor | None) -> Callable:
+def theirs(model: nn.Module, patch: int, latent: Tensor, sigma: Tensor, context: Tensor,
+           pooled: Tensor | None) -> Callable:
     """The same call of diffusers' transformer: a sequence of patches and their positions, or SD3's latent."""
     if isinstance(model, diffusers.SD3Transformer2DModel):
         return lambda: model(latent, context, pooled, 1000 * sigma)[0]

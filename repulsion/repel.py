@@ -10,6 +10,8 @@ from torch import Tensor
 from .objectives import NAMES
 from .solvers import ascend_autograd, mixing_matrix
 
+LEAST = {"cpu": 1 << 16}  # numbers: what a core's cache holds; a GPU is given more, whose kernels take long to start
+
 
 def check_settings(strength, scale, iterations, objective, kernel_reg, solver, **choices: tuple[str, tuple]) -> None:
     """Raises ValueError naming the setting that is out of range; `choices`: name = (value, what it may be)."""
@@ -91,7 +93,7 @@ def gram_matrix(c: Tensor) -> np.ndarray:
 def chunks(c: Tensor) -> tuple[Tensor, ...]:
     """(g, B, N, D) in pieces along N, so that what is widened to float64 at a time is small beside the tokens.
 
-    A piece has no fewer numbers than a CPU core's cache holds, or than keep a GPU busy for longer than a kernel's start.
+    A piece has no fewer numbers than LEAST.
     """
-    least = 1 << (16 if c.device.type == "cpu" else 22)
+    least = LEAST.get(c.device.type, 1 << 22)
     return c.split(max(-(-least // c[:, :, 0].numel()), c.shape[2] // 48), dim=2)

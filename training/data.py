@@ -13,7 +13,7 @@ from sampler.schedule import shifted
 from tiny.captions import describe, reword
 from tiny.world import Scene, forget, misstate, render, sample_scene
 
-from .loop import loaded, save_atomically
+from .loop import autocast, loaded, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's
@@ -60,7 +60,7 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: b
             return data.pictures(parts[index], 10**6 + 64 * index)
 
         for picture in loaded(batch_at, 0, len(parts), device):
-            with torch.autocast(device, torch.bfloat16):
+            with autocast(device):
                 means.append(model.posterior(picture.to(device))[0].float().cpu())
         latents, shift, scaling = torch.cat(means), model.config.shift, model.config.scaling
         if measure:

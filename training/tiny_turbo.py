@@ -23,7 +23,7 @@ from weights import BUNDLED, load_transformer
 
 from .data import Data
 from .export import export_sd3
-from .loop import batches, compile_all, save_atomically, train
+from .loop import autocast, batches, compile_all, save_atomically, train
 from .teacher import Teacher
 
 SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
@@ -68,7 +68,7 @@ def trajectories(teacher: Teacher, data: Data, folder: Path, chunks: int) -> Ten
     for chunk in trange(chunks, desc="trajectories", mininterval=5):
         file = folder / f"trajectories-{chunk:04d}.pt"
         if not file.exists():
-            with torch.autocast(teacher.device, torch.bfloat16):
+            with autocast(teacher.device):
                 ways = paint(teacher, captions_of(data, chunk), 1_000_003 * data.seed + chunk)
             save_atomically({"ways": ways}, file)
     files = [folder / f"trajectories-{chunk:04d}.pt" for chunk in range(chunks)]

@@ -1,6 +1,7 @@
 """The counter of memory against what torch's allocator on the CPU allocated, and against closed forms."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,9 @@ def test_the_count_on_meta_is_what_the_allocator_of_the_cpu_allocated(network, c
         assert 0 <= real - beside <= 10_000 + workspace * beside  # a kernel takes 8 KB where tokens are this few
 
 
-def test_a_push_takes_what_it_takes_on_the_cpu():
+def test_a_push_takes_what_it_takes_on_the_cpu(monkeypatch):
+    least = import_module("repulsion.repel").LEAST
+    monkeypatch.setitem(least, "meta", least["cpu"])  # otherwise it has the pieces of a GPU
     on_meta, on_cpu = (torch.zeros(6, 400, 256, dtype=torch.bfloat16, device=name) for name in ("meta", "cpu"))
     on_cpu += torch.rand(on_cpu.shape)
     _, most = count(nn.Identity(), lambda: repel(on_meta, None, 1, strength=1.0, groups=2))
