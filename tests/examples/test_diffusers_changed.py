@@ -34,25 +34,25 @@ def paint(pipe, repulsion=None):
     call = {"num_images_per_prompt": 3, "num_inference_steps": 4, "height": 128, "width": 128,
             "max_sequence_length": 24,
             "latents": rearrange(NOISE, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2) if flux else NOISE,
-            "guidance_scale": 4.5 if flux else 0.0}
+            "guidance_scale": 5.0 if flux else 0.0}
     if repulsion is None:
         return pipe("a circle", **call).images
     with repelling(pipe, repulsion):
         return pipe("a circle", **call).images
 
 
-def ours(folder, transformer, tmp_path):
+def ours(folder, transformer, tmp_path, push):
     """Our pictures with the weights of diffusers' transformer, typical and repelled."""
     copy = shutil.copytree(folder, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("transformer"))
     transformer.save_pretrained(copy / "transformer")
     pipeline = Pipeline.load(copy)
-    return [pipeline("a circle", 3, noise=NOISE, steps=4, repulsion=repulsion) for repulsion in (None, STRONG)]
+    return [pipeline("a circle", 3, noise=NOISE, steps=4, repulsion=repulsion) for repulsion in (None, push)]
 
 
-def check(pipe, folder, transformer, tmp_path, same=assert_same_pictures):
-    typical, repelled = ours(folder, transformer, tmp_path)
+def check(pipe, folder, transformer, tmp_path, same=assert_same_pictures, push=STRONG):
+    typical, repelled = ours(folder, transformer, tmp_path, push)
     same(paint(pipe), typical)
-    same(paint(pipe, STRONG), repelled)
+    same(paint(pipe, push), repelled)
     assert_other_pictures(repelled, typical)
     same(paint(pipe), typical)
 
@@ -84,7 +84,8 @@ def test_int8_weights_repel_as_the_numbers_that_they_stand_for(folder, tmp_path)
             rounded += not torch.equal(weight, wide)
             weight.data.copy_(wide)
     assert rounded > 50
-    check(pipe, folder, plain, tmp_path, same_but_for_edges)
+    # A strong push in two of four steps makes of half a percent another picture.
+    check(pipe, folder, plain, tmp_path, same_but_for_edges, Repulsion(strength=0.5))
 
 
 def adapted(folder):

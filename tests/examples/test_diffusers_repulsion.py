@@ -248,5 +248,5 @@ def test_the_readme_s_lines_paint_what_ours_paint(monkeypatch):
     names, quick = {}, "num_images_per_prompt=3, num_inference_steps=6"
     exec(code.replace("num_images_per_prompt=8, num_inference_steps=20", quick), names)
     noise, repulsion = torch.randn((3, 16, 16, 16), generator=torch.manual_seed(0)), Repulsion(strength=0.5, steps=4)
-    wanted = Pipeline.load("tiny-sd3")("a circle", 3, noise=noise, steps=6, guidance=5.0, repulsion=repulsion)
+    wanted = Pipeline.load("tiny-sd3")("a circle", 3, noise=noise, steps=6, guidance=6.0, repulsion=repulsion)
     assert_same_pictures(names["pictures"], wanted)
