@@ -277,7 +277,8 @@ def test_pushes_of_several_steps_and_of_samples_that_coincide_are_ours(blank):
     for settings in ({"strength": 1.5, "iterations": 8}, {"strength": 0.5, "objective": "spread"}):
         found = run(blank, "return repulsion.push(given[0], given[1]).tokens", [vectors.tolist(), settings])
         ours = Repulsion(**settings).bind(0, 1)(vectors[:, None])[:, 0]
-        np.testing.assert_allclose(found, ours, rtol=1e-9)
+        # a number near 0 is a difference of larger ones: their rounding depends on the processor
+        assert np.linalg.norm(found - ours.numpy()) < 1e-9 * ours.norm()
     found = run(blank, "return repulsion.push(given, { strength: 2 }).tokens", vectors[[0, 0, 0]].tolist())
     assert (np.array(found) == vectors[0].numpy()).all()
 
