@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,7 @@ from sampler import Pipeline
 from sampler.parts import compile_blocks
 from weights import BUNDLED, load_transformer, save_transformer
 
-from .solver import milliseconds, show
+from .solver import finished, milliseconds, show
 
 HEADS = {"num_attention_heads": 6, "attention_head_dim": 128}
 FLUX1 = diffusers.FluxTransformer2DModel, {**HEADS, "num_layers": 2, "num_single_layers": 4, "in_channels": 64,
@@ -119,7 +120,7 @@ def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool, with_offic
     side, clock = SIDE, time.process_time
     if device.type == "cuda":
         sizes = sizes | {name: WIDER * sizes[name] for name in WIDTHS if name in sizes}
-        side, clock = SIDE * math.isqrt(WIDER), finished
+        side, clock = SIDE * math.isqrt(WIDER), partial(finished, device)
     with tempfile.TemporaryDirectory() as folder:
         model = kind(**sizes).to(dtype).eval()
         model.save_pretrained(folder)
@@ -137,12 +138,6 @@ def compare(name: str, dtype: torch.dtype, runs: int, compiled: bool, with_offic
             assert max(errors) < TOLERANCE[dtype], f"{name}: the velocities differ by {errors}"
             base, *found = milliseconds(runs, *calls, clock=clock)
     return [name, str(dtype).removeprefix("torch."), f"{base:.0f}", *(f"{time / base:.2f}" for time in found)]
-
-
-def finished() -> float:
-    """The time when the GPU has done all that it was told to."""
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def whole_run(name: str, runs: int, compiled: bool) -> list[str]:

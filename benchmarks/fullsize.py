@@ -14,8 +14,10 @@ import argparse
 import gc
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from weights import PUBLIC, Settings
 from .loading import measure_apart, sparse_transformer
 from .memory import GIB, IMAGES, autoencoder_of, build, context_tokens, guided, latent_shape, text_encoders
 from .scale import MODELS, step_operations
-from .solver import milliseconds
+from .solver import finished, milliseconds
 
 CPU = ("sd3-medium", "sd3.5-medium", "flux2-klein-4b", "sd3.5-large", "flux2-klein-9b", "flux1-schnell", "flux1-dev",
        "flux2-dev")  # one of each set of sizes
@@ -68,9 +70,8 @@ def timed(device: str, runs: int, calls: list[Callable]) -> tuple[list[float], f
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    ended = [lambda call=call: (call(), torch.cuda.synchronize(device) if cuda else None) for call in calls]
-    ended[-1]()
-    times = milliseconds(runs, *ended, warm_up=False)
+    calls[-1]()
+    times = milliseconds(runs, *calls, warm_up=False, clock=partial(finished, device) if cuda else time.perf_counter)
     return times, torch.cuda.max_memory_allocated(device) / GIB if cuda else float("nan")
 
 

@@ -46,6 +46,12 @@ def milliseconds(runs: int, *calls: Callable, warm_up: bool = True,
     return [statistics.median(found) for found in times]
 
 
+def finished(device: str | torch.device) -> float:
+    """A clock: the time when a GPU has done all that it was told to."""
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def error(found: Tensor, reference: Tensor, start: Tensor) -> float:
     """Of the displacement, relative to its length."""
     return ((found.double() - reference).norm() / (reference - start).norm()).item()

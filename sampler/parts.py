@@ -86,11 +86,11 @@ def stream_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype | N
     return model
 
 
-def compile_blocks(model: MMDiT) -> MMDiT:
+def compile_blocks(model: MMDiT, dynamic: bool | None = None) -> MMDiT:
     """The model with compiled blocks: all of a kind share one graph. A block that pushes runs uncompiled, since the
-    push is arithmetic of numpy on B × B matrices."""
+    push is arithmetic of numpy on B × B matrices. `dynamic` as of torch.compile: False, a graph for each shape."""
     for block in (*model.dual_blocks, *model.single_blocks):
-        block.forward = partial(run_compiled, block.forward, torch.compile(block.forward))
+        block.forward = partial(run_compiled, block.forward, torch.compile(block.forward, dynamic=dynamic))
     return model
 
 

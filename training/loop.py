@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-from mmdit import MMDiT
-from sampler.parts import compile_blocks
 
 RECORDED = 125  # steps that replay one CUDA graph
 
@@ -54,16 +52,13 @@ def loaded(batch_at: Callable[[int], list[Tensor] | Tensor], start: int, steps: 
 
 def autocast(device: str) -> torch.autocast:
     """Products in bfloat16, where the device has instructions for them: without, a CPU takes several times as long."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = not device.startswith("cpu") or known.get("avx512_bf16") or known.get("amx_bf16")
-    return torch.autocast(device, torch.bfloat16, enabled=bool(fast))
+    return torch.autocast(device, torch.bfloat16, enabled=not device.startswith("cpu") or cpu_has_bfloat16())
 
 
-def compile_all(*models: MMDiT) -> None:
-    """Compile the blocks of models whose batches are all of one size: a kind of block once for each size."""
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    for model in models:
-        compile_blocks(model)
+@cache
+def cpu_has_bfloat16() -> bool:
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 has none
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 class Recorded:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import MMDiT, MMDiTConfig
+from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import BUNDLED, load_transformer
 
 from .data import LENGTH, Data, noised
 from .export import export_flux
-from .loop import batches, compile_all, train
+from .loop import batches, train
 from .teacher import FluxTextEncoders, Teacher
 from .tiny_sd3 import start_at_zero
 
@@ -105,7 +106,8 @@ def main() -> None:
     start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
     student = start.to(args.device)
     if args.compile:
-        compile_all(student, teacher.transformer)
+        for model in (student, teacher.transformer):
+            compile_blocks(model, dynamic=False)
     distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
             args.batch, args.lr, args.minutes)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]

@@ -29,12 +29,13 @@ from mmdit import (
     T5Encoder,
     T5Tokenizer,
 )
+from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import load_autoencoder, load_text_encoder, load_transformer
 
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
-from .loop import batches, compile_all, train
+from .loop import batches, train
 from .teacher import TOKENIZERS, sd3_condition, trusting
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
@@ -153,7 +154,7 @@ def new_transformer(t5_vocabulary: int) -> tuple[T5Encoder, MMDiT]:
 
 
 def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, tokenizers, clips, folder: Path,
-                      steps: int, batch: int, lr: float, device: str, compiled: bool, minutes: float) -> None:
+                      steps: int, batch: int, lr: float, device: str, minutes: float) -> None:
     """Train the MMDiT, jointly with T5, to predict the velocity of noised latents (flow matching, `noised`).
 
     One caption in ten is empty, for guidance. In half of the examples the pooled vector is the empty caption's: as SD3
@@ -162,8 +163,6 @@ def train_transformer(t5: T5Encoder, model: MMDiT, data: Data, latents: Tensor, 
     t5, model = t5.to(device), model.to(device)
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
     empty = sd3_condition(clips, t5, [tokenize([""]).to(device) for tokenize in tokenizers])[1].detach()
-    if compiled:
-        compile_all(model)
 
     def batch_at(step: int) -> list[Tensor]:
         rows = pick(step)
@@ -233,9 +232,11 @@ def main() -> None:
     if args.decoder_steps:
         train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.autoencoder_batch, args.device,
                           decoder_only=True)
+    if args.compile:
+        compile_blocks(transformer, dynamic=False)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)
     train_transformer(t5, transformer, data, latents, tokenizers, clips, args.out, args.steps, args.batch,
-                      args.lr, args.device, args.compile, args.minutes)
+                      args.lr, args.device, args.minutes)
     export_sd3(args.out / "checkpoint", args.out, clips, t5, transformer, autoencoder, SHIFT, SAMPLING)
     print(f"written to {args.out / 'checkpoint'}")
 

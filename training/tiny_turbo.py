@@ -18,12 +18,13 @@ from tqdm import trange
 
 from mmdit import MMDiT
 from sampler import denoise, sigmas
+from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import BUNDLED, load_transformer
 
 from .data import Data
 from .export import export_sd3
-from .loop import autocast, batches, compile_all, save_atomically, train
+from .loop import autocast, batches, save_atomically, train
 from .teacher import Teacher
 
 SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
@@ -121,7 +122,7 @@ def main() -> None:
     ways = trajectories(teacher, data, args.out, args.trajectories // CHUNK)
     student = load_transformer(args.start or args.teacher, dtype=torch.float32, device=args.device)
     if args.compile:
-        compile_all(student)
+        compile_blocks(student, dynamic=False)
     distill(teacher, student, data, ways, args.out, args.steps, args.batch, args.lr, args.minutes)
     export_sd3(args.out / "checkpoint", args.teacher, list(teacher.clips), teacher.t5, student, teacher.autoencoder,
                SHIFT, SAMPLING)
