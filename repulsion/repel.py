@@ -67,10 +67,9 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
     settings = strength, scale, iterations, objective, kernel_reg
     if solver == "gram":
         mixing, norm = mixing_matrix(gram, *settings)
-        mixing = torch.from_numpy(mixing).to(tokens.device)
+        mixed = torch.from_numpy(np.eye(samples) + mixing).to(tokens.device)
         for source, place in zip(chunks(c), chunks(target), strict=True):
-            wide = source.flatten(2).double()
-            place.copy_(wide.baddbmm(mixing, wide).view_as(source))  # C + E C, the samples of a group mixed
+            place.copy_((mixed @ source.flatten(2).double()).view_as(source))  # C + E C, the samples of a group mixed
     else:
         with torch.inference_mode(False), torch.enable_grad():
             pushed, norm = ascend_autograd(c.flatten(2).double().clone(), *settings), np.inf
@@ -82,11 +81,14 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
 
 
 def gram_matrix(c: Tensor) -> np.ndarray:
-    """Inner products of every pair, summed in float64: c (g, B, N, D) → (g, B, B)."""
+    """Inner products of every pair, summed in float64: c (g, B, N, D) → (g, B, B).
+
+    A product for each token, then their sum: a GPU computes these side by side, but one of length N · D in one place.
+    """
     gram = torch.zeros(len(c), c.shape[1], c.shape[1], dtype=torch.float64, device=c.device)
     for source in chunks(c):
-        wide = source.flatten(2).double()
-        gram.baddbmm_(wide, wide.mT)
+        wide = source.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
+        gram += (wide @ wide.mT).sum(1)
     return gram.numpy(force=True)
 
 
