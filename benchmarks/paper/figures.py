@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..sheets import sheet
 from .plan import REGIMES, but, by_strength
-from .results import OURS, Result, Results
+from .results import OURS, Result, Results, per_strength
 from .run import pictures
 
 STYLE = {"svg.hashsalt": "figures", "font.size": 15, "axes.spines.top": False, "axes.spines.right": False,
@@ -28,15 +29,15 @@ def closest(results: Results, model: str) -> list[str]:
 @rc_context(STYLE)
 def verdict_figure(results: Results, models: list[str]) -> Figure:
     """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen, and
-    contextual repulsion at rising strengths."""
+    contextual repulsion at rising strengths with the line that other methods are compared with (`Results.ahead`)."""
     figure = Figure(figsize=(5.6 * len(models), 6), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     for model, panel in zip(models, panels, strict=True):
         colors = {OURS: RED, **dict(zip(closest(results, model), (BLUE, GREEN), strict=False))}  # all others are grey
-        own = [results.result(model, setting) for setting in by_strength(model)]
+        own = [r for r in (results.result(model, setting) for setting in by_strength(model)) if r]
         for method, found in results.verdict(model).items():
-            shown = {str(r.setting): r for r in (own if method == OURS else found.values()) if r}
-            draw_method(panel, list(shown.values()), colors.get(method))
+            shown = own if method == OURS else list({str(r.setting): r for r in found.values() if r}.values())
+            draw_method(panel, shown, colors.get(method), fitted(own) if method == OURS else None)
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
         panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=SHOWN)
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]
@@ -47,12 +48,21 @@ def verdict_figure(results: Results, models: list[str]) -> Figure:
     return figure
 
 
-def draw_method(panel: Axes, found: list[Result], color: str | None) -> None:
-    """A line from the base through a method's settings by rising loss; intervals where it has a color."""
+def fitted(own: list[Result]) -> list[tuple[float, float]]:
+    """Lost adherence and gain of contextual repulsion, from the base on, with a loss proportional to its strength."""
+    strengths = torch.tensor([r.setting["repulsion"]["strength"] for r in own])
+    rate = per_strength(strengths, torch.tensor([-r.adherence[0] for r in own]))
+    return [(0.0, 1.0), *[(rate.item() * s, r.gain[0]) for s, r in zip(strengths.tolist(), own, strict=True)]]
+
+
+def draw_method(panel: Axes, found: list[Result], color: str | None, line: list[tuple[float, float]] | None) -> None:
+    """A method's settings and a line, by default from the base through these by rising loss; intervals where it has a
+    color."""
     found = sorted((r for r in found if -r.adherence[0] <= SHOWN[1]), key=lambda r: -r.adherence[0])
-    points = [(0.0, 1.0), *[(-r.adherence[0], r.gain[0]) for r in found]]
-    panel.plot(*zip(*points, strict=True), "-", color=color or GREY, lw=3 if color else 1.2, zorder=3 if color else 1)
-    panel.plot(*zip(*points[1:], strict=True) if found else ([], []), "o", color=color or GREY,
+    points = [(-r.adherence[0], r.gain[0]) for r in found]
+    panel.plot(*zip(*(line or [(0.0, 1.0), *points]), strict=True), "-", color=color or GREY, lw=3 if color else 1.2,
+               zorder=3 if color else 1)
+    panel.plot(*zip(*points, strict=True) if found else ([], []), "o", color=color or GREY,
                markersize=9 if color else 5, zorder=4 if color else 2)
     for r in found if color else ():
         (x, high, low), (y, bottom, top) = (-value for value in r.adherence), r.gain

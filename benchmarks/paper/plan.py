@@ -243,6 +243,8 @@ def stages(models: list[str], size: Size,
             *jobs(model, "batch", {}, size.ablated, images=max(BATCHES)),
             *[job for images, seeds in BATCHES.items()
               for job in jobs(model, "batch", but(model), size.ablated, seeds, images)]]]
+    yield "the rest of the strengths", [job for model in models for setting in by_strength(model)
+                                        for job in jobs(model, "strengths", setting, size.reported, size.seeds)]
     yield "the rest of the verdict", [job for model in models for method in tried[model]
                                       for setting in finalists(model, method)
                                       for job in jobs(model, method, setting, size.reported, size.seeds)]

@@ -124,21 +124,25 @@ class Results:
     def ahead(self, model: str, setting: dict) -> Interval | None:
         """The gain of contextual repulsion over that of a setting, where both lose as much adherence.
 
-        Contextual repulsion lies on straight lines from the base through its rising strengths, at the largest that
-        loses no more than the setting does, or nothing. On the groups that all of them have; None for none.
+        What contextual repulsion loses is taken to be proportional to its strength (`per_strength`); its gain lies on
+        straight lines between the strengths, from the base on, and goes no further than the largest. On the groups
+        that all of them have; None for none.
         """
-        found = [self.groups(model, one) for one in ({}, setting, *by_strength(model))]
-        found, by_prompt = [groups for groups in found if groups], defaultdict(list)
+        own = {one["repulsion"]["strength"]: self.groups(model, one) for one in by_strength(model)}
+        own, by_prompt = {strength: groups for strength, groups in own.items() if groups}, defaultdict(list)
+        found = [self.groups(model, {}), self.groups(model, setting), *own.values()]
         for prompt, seed in sorted(set.intersection(*map(set, found))):
             rows = [groups[prompt, seed] for groups in found]
             by_prompt[prompt].append([row[name] for name in ("vendi", "adherence") for row in rows])
+        strengths = torch.tensor([0.0, *own], dtype=torch.float64)
 
         def ratio(means: Tensor) -> Tensor:
             vendi, kept = means.unflatten(-1, (2, -1)).unbind(-2)
             gain, lost = vendi / vendi[..., :1], kept[..., :1] - kept
-            own = [x[..., [0, *range(2, x.shape[-1])]] for x in (lost, gain)]  # from the base on
-            return interpolate(lost[..., 1].clamp(min=0), own[0].cummax(dim=-1).values, own[1]) / gain[..., 1]
-        if len(found) < 3 or not by_prompt:
+            rate = per_strength(strengths[1:], lost[..., 2:]).clamp(min=1e-9)  # above 0: it may be measured as none
+            line = torch.cat([gain[..., :1], gain[..., 2:]], dim=-1)
+            return interpolate(lost[..., 1].clamp(min=0) / rate, strengths, line) / gain[..., 1]
+        if not own or not by_prompt:
             return None
         return interval([torch.tensor(rows, dtype=torch.float64) for rows in by_prompt.values()], ratio)
 
@@ -168,11 +172,19 @@ class Results:
         return {row: result for row, result in found.items() if result} if len(found) > 1 else {}
 
 
+def per_strength(strengths: Tensor, lost: Tensor) -> Tensor:
+    """What is lost for each unit of strength, by least squares: strengths (k,), lost (…, k) → (…).
+
+    One strength's loss is known to about a point; on all checkpoints those of four are proportional within that.
+    """
+    return lost @ strengths / strengths.square().sum()
+
+
 def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """What ys (…, k) are at x (…), linear between xs (…, k), which never fall; at their ends what they are there."""
-    i = (xs <= x[..., None]).sum(dim=-1, keepdim=True).clamp(1, xs.shape[-1] - 1)
-    (x0, x1), (y0, y1) = ([one.gather(-1, i + d)[..., 0] for d in (-1, 0)] for one in (xs, ys))
-    return torch.lerp(y0, y1, ((x - x0) / (x1 - x0).clamp(min=1e-12)).clamp(0, 1))
+    """What ys (…, k) are at x (…), linear between rising xs (k,); at their ends what they are there."""
+    i = torch.bucketize(x, xs).clamp(1, len(xs) - 1)
+    y0, y1 = (ys.gather(-1, (i + d)[..., None])[..., 0] for d in (-1, 0))
+    return torch.lerp(y0, y1, ((x - xs[i - 1]) / (xs[i] - xs[i - 1])).clamp(0, 1))
 
 
 def columns_of(groups: list[tuple[dict, dict]], names: Sequence[str]) -> Tensor:

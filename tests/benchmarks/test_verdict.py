@@ -77,11 +77,11 @@ def test_settings_are_compared_on_the_groups_that_all_have():
                                                 (settings[1], pytest.approx(1.1), pytest.approx(1.0))]
 
 
-@pytest.mark.parametrize("gain,lost,ours", [(1.15, 2.0, 1.2), (1.1, 1.0, 1.1), (1.02, -0.5, 1.0), (1.4, 5.0, 1.3)])
+@pytest.mark.parametrize("gain,lost,ours", [(1.15, 1.5, 1.2), (1.1, 1.0, 1.1), (1.02, -0.5, 1.0), (1.4, 5.0, 1.3)])
 def test_contextual_repulsion_is_compared_where_it_loses_as_much(gain, lost, ours):
-    weak, strong, *_ = plan.by_strength(MODEL)
+    weak, strong, *_ = plan.by_strength(MODEL)  # 0.25 and 0.5: least squares give 4 points for a strength of 1
     rival = plan.settings(MODEL)["away from the mean"][0]
-    measured = ({}, 1.0, 0.0), (weak, 1.1, 1.0), (strong, 1.3, 3.0), (rival, gain, lost)
+    measured = ({}, 1.0, 0.0), (weak, 1.1, 1.4), (strong, 1.3, 1.8), (rival, gain, lost)
     found = Results([row(setting, prompt, seed, 2 * factor, 0.9 - points / 100)
                      for setting, factor, points in measured for prompt in OPEN for seed in range(2)])
     assert found.ahead(MODEL, rival)[0] == pytest.approx(ours / gain)
