@@ -243,11 +243,10 @@ def stages(models: list[str], size: Size,
             *jobs(model, "batch", {}, size.ablated, images=max(BATCHES)),
             *[job for images, seeds in BATCHES.items()
               for job in jobs(model, "batch", but(model), size.ablated, seeds, images)]]]
-    yield "the rest of the strengths", [job for model in models for setting in by_strength(model)
-                                        for job in jobs(model, "strengths", setting, size.reported, size.seeds)]
-    yield "the rest of the verdict", [job for model in models for method in tried[model]
-                                      for setting in finalists(model, method)
-                                      for job in jobs(model, method, setting, size.reported, size.seeds)]
+    rest = [(model, "strengths", setting) for model in models for setting in by_strength(model)]
+    rest += [(model, method, setting) for model in models for method in tried[model]
+             for setting in finalists(model, method)]
+    yield "the rest of the verdict", [job for one in rest for job in jobs(*one, size.reported, size.seeds)]
 
 
 def told_everything(model: str) -> list[dict]:
