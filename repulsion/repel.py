@@ -81,14 +81,11 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
 
 
 def gram_matrix(c: Tensor) -> np.ndarray:
-    """Inner products of every pair, summed in float64: c (g, B, N, D) → (g, B, B).
-
-    A product for each token, then their sum: a GPU computes these side by side, but one of length N · D in one place.
-    """
+    """Inner products of every pair, summed in float64: c (g, B, N, D) → (g, B, B)."""
     gram = torch.zeros(len(c), c.shape[1], c.shape[1], dtype=torch.float64, device=c.device)
     for source in chunks(c):
-        wide = source.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
-        gram += (wide @ wide.mT).sum(1)
+        wide = source.flatten(2).double()
+        gram.baddbmm_(wide, wide.mT)
     return gram.numpy(force=True)
 
 
