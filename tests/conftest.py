@@ -1,4 +1,4 @@
-"""With `pytest -n`, a process has one core: its own, and that of the processes that it starts."""
+"""With `pytest -n` each process computes in one thread, and so do those that it starts."""
 
 import os
 

@@ -36,8 +36,8 @@ def verdict_figure(results: Results, models: list[str]) -> Figure:
         colors = {OURS: RED, **dict(zip(closest(results, model), (BLUE, GREEN), strict=False))}  # all others are grey
         own = [r for r in (results.result(model, setting) for setting in by_strength(model)) if r]
         for method, found in results.verdict(model).items():
-            shown = own if method == OURS else list({str(r.setting): r for r in found.values() if r}.values())
-            draw_method(panel, shown, colors.get(method), fitted(own) if method == OURS else None)
+            shown = {str(r.setting): r for r in (own if method == OURS else found.values()) if r}
+            draw_method(panel, list(shown.values()), colors.get(method), fitted(own) if method == OURS else None)
         panel.plot(0, 1, "o", color="black", markersize=9, zorder=5)
         panel.set(title=f"{model}: {REGIMES[model]}", xlabel="lost adherence, points", xlim=SHOWN)
         lines = [panel.plot([], [], "o-", color=color, lw=3, label=method)[0] for method, color in colors.items()]

@@ -128,8 +128,9 @@ class Results:
         straight lines between the strengths, from the base on, and goes no further than the largest. On the groups
         that all of them have; None for none.
         """
-        own = {one["repulsion"]["strength"]: self.groups(model, one) for one in by_strength(model)}
-        own, by_prompt = {strength: groups for strength, groups in own.items() if groups}, defaultdict(list)
+        own = {one["repulsion"]["strength"]: groups for one in by_strength(model)
+               if (groups := self.groups(model, one))}
+        by_prompt = defaultdict(list)
         found = [self.groups(model, {}), self.groups(model, setting), *own.values()]
         for prompt, seed in sorted(set.intersection(*map(set, found))):
             rows = [groups[prompt, seed] for groups in found]
