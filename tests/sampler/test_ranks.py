@@ -25,10 +25,10 @@ ROOT = HERE.parents[1]
 
 
 def torchrun(count, *command, folder):
-    """The program on `count` ranks, each of one thread; ends with an error after five minutes."""
+    """The program on `count` ranks, each of one thread; ends with an error after ten minutes."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     paths = os.pathsep.join([str(ROOT), str(HERE)])
-    return subprocess.run([*start, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=300,
+    return subprocess.run([*start, *map(str, command)], cwd=folder, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
 
 
