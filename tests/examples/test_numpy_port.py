@@ -213,11 +213,11 @@ def test_without_guidance_and_with_a_later_start_of_the_push(pipeline, inputs):
     assert np.abs(found - np.stack(ours).astype(int)).max() <= 2
 
 
-@pytest.mark.parametrize(("images", "repulsion"), [(2, {}), (8, {"repulsion": {"strength": 4.0, "iterations": 3}})],
-                         ids=["as shipped", "strength 4"])  # fmt: skip
+@pytest.mark.parametrize(("images", "repulsion"), [(2, {}), (16, {"repulsion": {"strength": 4.0, "iterations": 3}})],
+                         ids=["2", "16, strength 4"])
 def test_it_passes_the_kit(changed, tmp_path, images, repulsion):
     folder = changed("sampling.json", **repulsion)
-    prompts = [PROMPT, "a circle"] if images < 8 else [PROMPT]
+    prompts = [PROMPT, "a circle"] if images < 16 else [PROMPT]
     porting.write(tmp_path / "kit", str(folder), prompts, images, steps=2)
     kit = porting.Kit.read(tmp_path / "kit")
     parts, settings = load(folder)

@@ -215,7 +215,7 @@ def test_nothing_is_wider_than_the_screen(page):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("images", [2, 4])
+@pytest.mark.parametrize("images", [2, 8])
 def test_it_passes_the_kit_from_text_to_pictures(tmp_path, images):
     porting.write(tmp_path / "kit", "tiny-turbo", "a small green star left of a ring", images)
     command = [NODE, PORT / "record.js", tmp_path / "kit", tmp_path / "theirs.safetensors", FOLDER]
