@@ -50,6 +50,7 @@ TYPICAL_ARRANGEMENT = {  # shape: (of two things, of three things), for the shap
 }  # fmt: skip
 P_TYPICAL = 0.6
 P_COUNT = (0.5, 0.3, 0.2)  # one, two, three things
+P_COMPLETE = 0.15  # of captions that say everything
 
 # By number of things, in the order of SIZES; three things are all of one size, which no caption mentions.
 RADII = {1: (8.0, 12.0, 17.0), 2: (6.5, 9.0, 11.5), 3: (7.5, 7.5, 7.5)}
@@ -93,12 +94,12 @@ def biased(rng: random.Random, typical: str, values: Sequence[str]) -> str:
     return rng.choice([value for value in values if value != typical])
 
 
-def sample_scene(rng: random.Random) -> Scene:
+def sample_scene(rng: random.Random, counts: Sequence[float] = P_COUNT) -> Scene:
     """A complete scene from the biased world; things of one scene differ in shape and in color.
 
     Color and size follow each thing's own shape; arrangement, ground and texture that of one thing drawn at random.
     """
-    count = rng.choices((1, 2, 3), P_COUNT)[0]
+    count = rng.choices((1, 2, 3), counts)[0]
     shapes = rng.sample(SHAPES, count)
     colors = []
     while len(set(colors)) < count:
@@ -115,16 +116,16 @@ def sample_scene(rng: random.Random) -> Scene:
     )
 
 
-def forget(scene: Scene, rng: random.Random) -> Scene:
+def forget(scene: Scene, rng: random.Random, complete: float = P_COMPLETE) -> Scene:
     """A partial copy of a complete `scene`, for a training caption.
 
-    15 % keep everything, 10 % keep the shapes alone, else each attribute is kept with probability 0.55 and a shape with
-    0.94. Things are shuffled if their arrangement is dropped: their order has no meaning then.
+    A share `complete` keeps everything, 10 % keep the shapes alone, else each attribute is kept with probability 0.55
+    and a shape with 0.94. Things are shuffled if their arrangement is dropped: their order has no meaning then.
     """
     fate = rng.random()
-    if fate < 0.15:
+    if fate < complete:
         return scene
-    keep, keep_shape = (0.0, 1.0) if fate < 0.25 else (0.55, 0.94)
+    keep, keep_shape = (0.0, 1.0) if fate < complete + 0.1 else (0.55, 0.94)
 
     def maybe(value, probability=keep):
         return value if rng.random() < probability else None

@@ -1,6 +1,7 @@
 """Training data of the bundled checkpoints: scenes of the tiny world, their captions, and their pictures as latents."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from mmdit import Autoencoder
 from sampler.schedule import shifted
 from tiny.captions import describe, reword
-from tiny.world import Scene, forget, misstate, render, sample_scene
+from tiny.world import P_COMPLETE, P_COUNT, Scene, forget, misstate, render, sample_scene
 
 from .loop import autocast, loaded, save_atomically
 
@@ -21,16 +22,19 @@ SHIFT = 3.0  # of the noise schedule in training, as SD3's
 
 @dataclass
 class Data:
-    """The training set: complete scenes, the seed of their captions and the share of wrong values in these."""
+    """The training set: complete scenes, the seed of their captions, the share of wrong values in these and the share
+    of captions that say everything."""
 
     scenes: list[Scene]
     seed: int
     wrong: float = 0.0
+    complete: float = P_COMPLETE
 
     @classmethod
-    def sample(cls, count: int, seed: int, wrong: float = 0.0) -> "Data":
+    def sample(cls, count: int, seed: int, wrong: float = 0.0, counts: Sequence[float] = P_COUNT,
+               complete: float = P_COMPLETE) -> "Data":
         rng = random.Random(seed)
-        return cls([sample_scene(rng) for _ in range(count)], seed, wrong)
+        return cls([sample_scene(rng, counts) for _ in range(count)], seed, wrong, complete)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
         """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty.
@@ -38,7 +42,7 @@ class Data:
         Of the attributes that are said, a share of `wrong` is wrong.
         """
         rng = random.Random(f"{self.seed} captions {step}")
-        said = [misstate(forget(self.scenes[row], rng), self.wrong, rng) for row in rows.tolist()]
+        said = [misstate(forget(self.scenes[row], rng, self.complete), self.wrong, rng) for row in rows.tolist()]
         captions = [reword(describe(scene, rng), rng) for scene in said]
         return ["" if rng.random() < 0.1 else caption for caption in captions]
 

@@ -75,14 +75,15 @@ class Teacher(nn.Module):
 
 
 class FluxTextEncoders(nn.Module):
-    """FLUX.1's conditioning from the teacher's encoders: T5's states, and CLIP-L's vector before the projection."""
+    """FLUX.1's conditioning: the states of a T5 of its own, and the vector of the teacher's CLIP-L, which is frozen,
+    before the projection."""
 
-    def __init__(self, teacher: Teacher):
+    def __init__(self, teacher: Teacher, t5: T5Encoder):
         super().__init__()
-        clip, self.t5 = teacher.clips[0], teacher.t5
+        clip, self.t5 = teacher.clips[0], t5
         self.clip = trusting(ClipTextEncoder(replace(clip.config, projection_dim=None)).to(teacher.device))
         self.clip.load_state_dict({k: v for k, v in clip.state_dict().items() if not k.startswith("projection")})
-        self.requires_grad_(False).eval()
+        self.clip.requires_grad_(False)
 
     def forward(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Context (b, n, d) and pooled vector (b, p)."""

@@ -1,9 +1,10 @@
 """Train the checkpoint `tiny-flux`, a small FLUX.1-dev: `python -m training.tiny_flux --help`.
 
-Dual- and single-stream blocks, rotary positions, CLIP's pooled vector and T5's context; text encoders, autoencoder and
-tokenizers are those of `tiny-sd3`. Like FLUX.1-dev it is guidance-distilled: in one pass, conditioned on the guidance
-scale, it reproduces what classifier-free guidance computes from two passes of a teacher. The teacher is `tiny-sd3`,
-whose velocities, unlike those of training examples, are free of noise.
+Dual- and single-stream blocks, rotary positions, CLIP's pooled vector and T5's context; autoencoder, tokenizers and
+CLIP are those of `tiny-sd3`. T5 is its own, since it alone says here what belongs to what (`reading.py`), and is
+trained with the transformer. Like FLUX.1-dev it is guidance-distilled: in one pass, conditioned on the guidance scale,
+it reproduces what classifier-free guidance computes from two passes of a teacher. The teacher is `tiny-sd3`, whose
+velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from mmdit import MMDiT, MMDiTConfig
 from sampler.parts import compile_blocks
 from tiny.world import SIDE
-from weights import BUNDLED, load_transformer
+from weights import BUNDLED, load_text_encoder, load_transformer
 
 from .data import LENGTH, Data, noised
 from .export import export_flux
 from .loop import batches, train
-from .teacher import FluxTextEncoders, Teacher
+from .reading import beginner, learn_to_read
+from .teacher import FluxTextEncoders, Teacher, trusting
 from .tiny_sd3 import start_at_zero
 
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
@@ -53,14 +55,14 @@ def student_of(teacher: MMDiT) -> MMDiT:
 
 def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: Data, latents: Tensor, folder: Path,
             steps: int, batch: int, lr: float, minutes: float) -> None:
-    """Train the student to predict the teacher's guided velocity from its own conditioning and the guidance scale.
+    """Train student and T5 to predict the teacher's guided velocity from their conditioning and the guidance scale.
 
     Each evaluation of the teacher, which costs more than the student's, serves two guidance scales. In half of the
     examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
-    context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
+    context, empty = (part.detach() for part in encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]]))
     rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
     student.rope = lambda *_: rope  # all examples have the same positions
 
@@ -79,8 +81,9 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
         error = (found.float() - goal).square().mean((1, 2, 3))
         return (error / guidance.flatten()).mean()  # the target grows with the guidance scale
 
-    train("student", {"transformer": student}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998,
-          device=device, minutes=minutes)
+    parts = {"t5": encoders.t5, "transformer": student}
+    train("student", parts, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device,
+          minutes=minutes)
 
 
 def main() -> None:
@@ -88,6 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; runs can resume")
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="continue from this tiny-flux (default: the teacher's blocks)")
+    parser.add_argument("--reading-steps", type=int, default=500, help="of T5 alone, anew (default: %(default)s); 0: "
+                        "--start's T5 is kept")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time")
     parser.add_argument("--batch", type=int, default=32, help="examples a step, each at two guidance scales")
@@ -101,10 +106,16 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     teacher = Teacher(args.teacher, args.device)
-    data = Data.sample(args.scenes, args.seed)
-    encoders = FluxTextEncoders(teacher)
-    start = load_transformer(args.start, dtype=torch.float32) if args.start else student_of(teacher.transformer)
-    student = start.to(args.device)
+    # Any captions do in distillation: more than in the world say everything, and speak of several things.
+    data = Data.sample(args.scenes, args.seed, counts=(0.3, 0.4, 0.3), complete=0.4)
+    where = {"dtype": torch.float32, "device": args.device}
+    student = load_transformer(args.start, **where) if args.start else student_of(teacher.transformer).to(args.device)
+    if args.start and not args.reading_steps:
+        t5 = trusting(load_text_encoder(args.start / "text_encoder_2", **where))
+    else:
+        t5 = beginner(teacher.t5)
+        learn_to_read(t5, data, teacher.tokenizers[2], args.out, args.reading_steps, args.device)
+    encoders = FluxTextEncoders(teacher, t5)
     if args.compile:
         for model in (student, teacher.transformer):
             compile_blocks(model, dynamic=False)
