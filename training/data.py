@@ -75,12 +75,12 @@ def encode(model: Autoencoder, data: Data, folder: Path, device: str, measure: b
     return saved["latents"]
 
 
-def noised(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def noised(image: Tensor, shift: float = SHIFT) -> tuple[Tensor, Tensor, Tensor]:
     """A training example of flow matching: x = (1 − σ) x₀ + σ ε, its σ (b,), and the target velocity ε − x₀.
 
-    image x₀ (b, c, H, W). σ is logit-normal (SD3 section 3.1), then shifted by SHIFT.
+    image x₀ (b, c, H, W). σ is logit-normal (SD3 section 3.1), then shifted.
     """
     noise = torch.randn_like(image)
-    sigma = shifted(torch.randn(len(image), device=image.device).sigmoid(), SHIFT).to(image)
+    sigma = shifted(torch.randn(len(image), device=image.device).sigmoid(), shift).to(image)
     level = rearrange(sigma, "b -> b 1 1 1")
     return (1 - level) * image + level * noise, sigma, noise - image

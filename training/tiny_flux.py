@@ -20,7 +20,7 @@ from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import BUNDLED, load_text_encoder, load_transformer
 
-from .data import LENGTH, Data, noised
+from .data import LENGTH, SHIFT, Data, noised
 from .export import export_flux
 from .loop import batches, train
 from .reading import beginner, learn_to_read
@@ -54,11 +54,11 @@ def student_of(teacher: MMDiT) -> MMDiT:
 
 
 def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: Data, latents: Tensor, folder: Path,
-            steps: int, batch: int, lr: float, minutes: float) -> None:
+            steps: int, batch: int, lr: float, minutes: float, shift: float) -> None:
     """Train student and T5 to predict the teacher's guided velocity from their conditioning and the guidance scale.
 
-    Each evaluation of the teacher, which costs more than the student's, serves two guidance scales. In half of the
-    examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
+    In half of the examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
+    Where things are is decided at high noise, so a student that has the places still to learn takes a larger `shift`.
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
@@ -71,15 +71,15 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
         return [rows, *teacher.tokenize(data.captions(rows, step))]
 
     def loss_of(rows: Tensor, *ids: Tensor) -> Tensor:
-        noisy, sigma, _ = noised(latents[rows].float())
+        noisy, sigma, _ = noised(latents[rows].float(), shift)
         low, high = GUIDANCE
-        guidance = low + (high - low) * torch.rand(2, len(rows), device=device)
-        goal = torch.cat(teacher.velocities(noisy, sigma, teacher.condition(*ids), guidance))
+        guidance = low + (high - low) * torch.rand(len(rows), device=device)
+        goal = teacher.velocities(noisy, sigma, teacher.condition(*ids), guidance[None])[0]
         context, pooled = encoders(ids[0], ids[2])
-        pooled = torch.where(torch.rand(2 * len(rows), 1, device=device) < 0.5, empty, pooled.repeat(2, 1))
-        found = student(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), context.repeat(2, 1, 1), pooled, guidance.flatten())
+        pooled = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, empty, pooled)
+        found = student(noisy, sigma, context, pooled, guidance)
         error = (found.float() - goal).square().mean((1, 2, 3))
-        return (error / guidance.flatten()).mean()  # the target grows with the guidance scale
+        return (error / guidance).mean()  # the target grows with the guidance scale
 
     parts = {"t5": encoders.t5, "transformer": student}
     train("student", parts, batch_at, loss_of, steps, folder, lr=lr, muon_lr=10 * lr, ema=0.998, device=device,
@@ -95,8 +95,10 @@ def main() -> None:
                         "--start's T5 is kept")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step, each at two guidance scales")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
+    parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise in training (default: %(default)s)")
+    parser.add_argument("--complete", type=float, default=0.4, help="share of captions that say everything")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of student and teacher")
@@ -107,7 +109,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     teacher = Teacher(args.teacher, args.device)
     # Any captions do in distillation: more than in the world say everything, and speak of several things.
-    data = Data.sample(args.scenes, args.seed, counts=(0.3, 0.4, 0.3), complete=0.4)
+    data = Data.sample(args.scenes, args.seed, counts=(0.3, 0.4, 0.3), complete=args.complete)
     where = {"dtype": torch.float32, "device": args.device}
     student = load_transformer(args.start, **where) if args.start else student_of(teacher.transformer).to(args.device)
     if args.start and not args.reading_steps:
@@ -120,7 +122,7 @@ def main() -> None:
         for model in (student, teacher.transformer):
             compile_blocks(model, dynamic=False)
     distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
-            args.batch, args.lr, args.minutes)
+            args.batch, args.lr, args.minutes, args.shift)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
                 SAMPLING)

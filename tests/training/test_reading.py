@@ -1,0 +1,72 @@
+"""T5 learns to read: it starts as a table of the teacher's words, and ends with states that say what belongs to what."""
+
+import random
+
+import pytest
+import torch
+
+from mmdit import T5Tokenizer
+from tiny.captions import describe
+from tiny.world import sample_scene
+from training.data import Data
+from training.reading import QUESTIONS, VALUES, Reader, answers, beginner, learn_to_read
+from weights import BUNDLED, load_text_encoder
+
+SWAPPED = "a red circle above a blue star", "a blue star above a red circle"
+
+
+@pytest.fixture(scope="module")
+def tokenize():
+    return T5Tokenizer(BUNDLED["tiny-sd3"] / "tokenizer_3")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_text_encoder(BUNDLED["tiny-sd3"] / "text_encoder_3", dtype=torch.float32).requires_grad_(False)
+
+
+def swap_changes(t5, tokenize):
+    """How far the mean state of a caption moves where its two things change places, relative to its length."""
+    one, other = t5(tokenize(list(SWAPPED))).mean(1)
+    return ((one - other).norm() / one.norm()).item()
+
+
+def test_a_beginner_s_states_are_the_teacher_s_of_single_words(teacher, tokenize):
+    ids = tokenize(["a small green ring", SWAPPED[0]])
+    wanted = torch.stack([teacher(row[:, None])[:, 0] for row in ids])
+    assert (beginner(teacher)(ids) - wanted).norm() <= 1e-5 * wanted.norm()  # float32, an RMS norm twice
+    assert swap_changes(beginner(teacher), tokenize) < 1e-5  # a sum in another order
+
+
+def test_what_it_learns_lies_in_its_states(teacher, tokenize, tmp_path):
+    t5, data = beginner(teacher), Data.sample(2048, 0, counts=(0.2, 0.4, 0.4), complete=0.4)
+    learn_to_read(t5, data, tokenize, tmp_path, 60, "cpu")
+    before = beginner(teacher)
+    moved = (t5(tokenize(list(SWAPPED))) - before(tokenize(list(SWAPPED)))).norm() / before(tokenize(["a"])).norm()
+    assert swap_changes(t5, tokenize) > 1e-2 and moved < 3
+    torch.manual_seed(0)
+    rates = []
+    for encoder in (before, t5):  # another reader, trained on the states alone
+        reader = Reader(128)
+        optimizer = torch.optim.AdamW(reader.parameters(), 1e-2)
+        for step in range(60):
+            rows = torch.arange(64) + 64 * step % 1984
+            captions = [caption for caption in data.captions(rows, 1000 + step) if caption]
+            goals = torch.tensor([answers(caption) for caption in captions])
+            found = reader(encoder(tokenize(captions)).detach())
+            loss = sum(map(torch.nn.functional.cross_entropy, found, goals.T))
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+        rates.append((found[4].argmax(1) == goals[:, 4]).double().mean().item())  # the second thing's color
+    assert rates[1] > rates[0] + 0.1
+
+
+def test_answers_are_the_scene_s():
+    rng = random.Random(0)
+    for _ in range(50):
+        scene = sample_scene(rng)
+        said = [getattr(thing, name) for thing in scene.things for name in ("shape", "color", "size")]
+        said += [None] * (9 - len(said)) + [scene.arrangement, scene.ground, scene.texture]
+        found = [(*VALUES[name], None)[index] for name, index in zip(QUESTIONS, answers(describe(scene, rng)), strict=True)]
+        assert found == said
+    assert answers("") == [len(VALUES[name]) for name in QUESTIONS]
