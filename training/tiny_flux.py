@@ -57,8 +57,8 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
             steps: int, batch: int, lr: float, minutes: float, shift: float) -> None:
     """Train student and T5 to predict the teacher's guided velocity from their conditioning and the guidance scale.
 
-    In half of the examples the student's pooled vector is the empty caption's, so that it does not depend on CLIP alone.
-    Where things are is decided at high noise, so a student that has the places still to learn takes a larger `shift`.
+    In half of the examples the student's pooled vector is the empty caption's, so that it does not need CLIP. Where
+    things are is decided at high noise: a student that has the places still to learn takes a larger `shift`.
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)

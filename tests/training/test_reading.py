@@ -1,4 +1,4 @@
-"""T5 learns to read: it starts as a table of the teacher's words, and ends with states that say what belongs to what."""
+"""T5 learns to read: it starts as a table of the teacher's words, and its states end up saying what belongs to what."""
 
 import random
 
@@ -67,6 +67,6 @@ def test_answers_are_the_scene_s():
         scene = sample_scene(rng)
         said = [getattr(thing, name) for thing in scene.things for name in ("shape", "color", "size")]
         said += [None] * (9 - len(said)) + [scene.arrangement, scene.ground, scene.texture]
-        found = [(*VALUES[name], None)[index] for name, index in zip(QUESTIONS, answers(describe(scene, rng)), strict=True)]
-        assert found == said
+        found = zip(QUESTIONS, answers(describe(scene, rng)), strict=True)
+        assert [(*VALUES[name], None)[index] for name, index in found] == said
     assert answers("") == [len(VALUES[name]) for name in QUESTIONS]
