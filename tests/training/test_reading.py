@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from mmdit import T5Tokenizer
-from tiny.captions import describe
+from sampler import Pipeline
+from sampler.report import to_pixels
+from tiny.captions import describe, parse
+from tiny.reader import adherence, read
 from tiny.world import sample_scene
 from training.data import Data
-from training.reading import QUESTIONS, VALUES, Reader, answers, beginner, learn_to_read
+from training.reading import QUESTIONS, VALUES, answers, beginner, learn_to_read
 from weights import BUNDLED, load_text_encoder
 
 SWAPPED = "a red circle above a blue star", "a blue star above a red circle"
@@ -38,27 +41,20 @@ def test_a_beginner_s_states_are_the_teacher_s_of_single_words(teacher, tokenize
     assert swap_changes(beginner(teacher), tokenize) < 1e-5  # a sum in another order
 
 
-def test_what_it_learns_lies_in_its_states(teacher, tokenize, tmp_path):
+def test_it_learns_the_order_of_words_and_keeps_the_words(teacher, tokenize, tmp_path):
     t5, data = beginner(teacher), Data.sample(2048, 0, counts=(0.2, 0.4, 0.4), complete=0.4)
+    before = t5(tokenize(list(SWAPPED))).detach()
     learn_to_read(t5, data, tokenize, tmp_path, 60, "cpu")
-    before = beginner(teacher)
-    moved = (t5(tokenize(list(SWAPPED))) - before(tokenize(list(SWAPPED)))).norm() / before(tokenize(["a"])).norm()
-    assert swap_changes(t5, tokenize) > 1e-2 and moved < 3
-    torch.manual_seed(0)
-    rates = []
-    for encoder in (before, t5):  # another reader, trained on the states alone
-        reader = Reader(128)
-        optimizer = torch.optim.AdamW(reader.parameters(), 1e-2)
-        for step in range(60):
-            rows = torch.arange(64) + 64 * step % 1984
-            captions = [caption for caption in data.captions(rows, 1000 + step) if caption]
-            goals = torch.tensor([answers(caption) for caption in captions])
-            found = reader(encoder(tokenize(captions)).detach())
-            loss = sum(map(torch.nn.functional.cross_entropy, found, goals.T))
-            loss.backward()
-            optimizer.step(), optimizer.zero_grad()
-        rates.append((found[4].argmax(1) == goals[:, 4]).double().mean().item())  # the second thing's color
-    assert rates[1] > rates[0] + 0.1
+    assert swap_changes(t5, tokenize) > 1e-2
+    assert (t5(tokenize(list(SWAPPED))) - before).norm() < before.norm()
+
+
+def test_the_shipped_t5_tells_what_is_where(tokenize):
+    """A picture for each prompt, read by the exact reader: a table of words would paint the same for both."""
+    pipeline = Pipeline.load("tiny-flux")
+    for prompt in SWAPPED:
+        scenes = read(to_pixels(pipeline(prompt, 4, seed=0)))
+        assert sum(adherence(parse(prompt), scene) for scene in scenes) >= 3.5, prompt
 
 
 def test_answers_are_the_scene_s():
