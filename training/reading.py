@@ -6,6 +6,7 @@ ground and texture. A query for each question attends to T5's states, as image t
 answers.
 """
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def beginner(teacher: T5Encoder) -> T5Encoder:
 
 def learn_to_read(t5: T5Encoder, data: Data, tokenize, folder: Path, steps: int, device: str) -> None:
     """Train T5 until its states answer QUESTIONS, and let them stay close to what they were."""
-    before = t5.token_embedding.weight.detach().clone(), t5.final_norm.weight.detach().clone()
+    before = deepcopy(t5).requires_grad_(False)
     reader, pick = Reader(t5.config.hidden_size).to(device), batches(len(data.scenes), 128, data.seed + 3)
 
     def batch_at(step: int) -> list[Tensor]:
@@ -81,8 +82,7 @@ def learn_to_read(t5: T5Encoder, data: Data, tokenize, folder: Path, steps: int,
         return [tokenize(captions), torch.tensor([answers(caption) for caption in captions])]
 
     def loss_of(ids: Tensor, goals: Tensor) -> Tensor:
-        states, (words, scale) = t5(ids), before
-        first = F.rms_norm(words[ids], words.shape[1:], scale, eps=1e-6)
+        states, first = t5(ids), before(ids)
         moved = (states - first).square().sum(-1) / first.square().sum(-1)
         wrong = [F.cross_entropy(logits.float(), goal) for logits, goal in zip(reader(states), goals.T, strict=True)]
         return sum(wrong) / len(wrong) + CLOSE * moved.mean()

@@ -56,18 +56,17 @@ class Teacher(nn.Module):
         return sd3_condition(self.clips, self.t5, ids)
 
     @torch.no_grad()
-    def velocities(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor],
-                   guidance: Tensor) -> list[Tensor]:
-        """Velocities with classifier-free guidance, u + w (c − u), for each row w (b,) of `guidance` (k, b).
+    def velocity(self, noisy: Tensor, sigma: Tensor, condition: tuple[Tensor, Tensor], guidance: Tensor) -> Tensor:
+        """The velocity with classifier-free guidance, u + w (c − u), where `guidance` is w (b,).
 
-        noisy (b, c, H, W); sigma (b,); condition: `condition` of b captions → k velocities (b, c, H, W).
+        noisy (b, c, H, W); sigma (b,); condition: `condition` of b captions → (b, c, H, W).
         """
         both = [torch.cat([empty.expand_as(captioned), captioned])
                 for empty, captioned in zip(self.empty, condition, strict=True)]
         with sdpa_kernel(FASTEST):
             twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
         unconditional, conditional = twice.float().chunk(2)
-        return [torch.lerp(unconditional, conditional, rearrange(w, "b -> b 1 1 1")) for w in guidance]
+        return torch.lerp(unconditional, conditional, rearrange(guidance, "b -> b 1 1 1"))
 
     def latents(self, data: Data, folder: Path) -> Tensor:
         """The pictures of `data` as normalized latents of the teacher: (count, c, H, W) float16, cached in a file."""

@@ -62,7 +62,7 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
-    context, empty = (part.detach() for part in encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]]))
+    context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
     rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
     student.rope = lambda *_: rope  # all examples have the same positions
 
@@ -74,7 +74,7 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
         noisy, sigma, _ = noised(latents[rows].float(), shift)
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(len(rows), device=device)
-        goal = teacher.velocities(noisy, sigma, teacher.condition(*ids), guidance[None])[0]
+        goal = teacher.velocity(noisy, sigma, teacher.condition(*ids), guidance)
         context, pooled = encoders(ids[0], ids[2])
         pooled = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, empty, pooled)
         found = student(noisy, sigma, context, pooled, guidance)

@@ -54,10 +54,10 @@ def paint(teacher: Teacher, captions: list[str], seed: int) -> Tensor:
     condition = teacher.condition(*[ids.to(teacher.device) for ids in teacher.tokenize(captions)])
     shape = (len(captions), channels, side, side)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(teacher.device)
-    guidance, way = torch.full((1, len(x)), GUIDANCE, device=teacher.device), [x]
+    guidance, way = x.new_full((len(x),), GUIDANCE), [x]
 
     def velocity(x: Tensor, sigma: float, step: int) -> Tensor:
-        return teacher.velocities(x, x.new_full((len(x),), sigma), condition, guidance)[0]
+        return teacher.velocity(x, x.new_full((len(x),), sigma), condition, guidance)
 
     for start in range(0, len(levels) - 1, FINE):  # the last of the student's steps is one of the teacher's
         way.append(denoise(velocity, way[-1], levels[start : start + FINE + 1]))

@@ -105,10 +105,9 @@ def all_figures(results: Results, models: list[str], folder: Path) -> None:
     """Every figure that the results are enough for."""
     folder.mkdir(parents=True, exist_ok=True)
     judged = [model for model in models if results.verdict(model)]
-    ablated = [model for model in models if any(results.ablation(model, name) for name in DRAWN)]
-    drawn = [name for name in DRAWN if any(results.ablation(model, name) for model in ablated)]
+    ablated = [name for name in DRAWN if any(results.ablation(model, name) for model in models)]
     figures = {**({"verdict": verdict_figure(results, judged)} if judged else {}),
-               **({"ablations": ablations_figure(results, ablated, drawn)} if ablated else {})}
+               **({"ablations": ablations_figure(results, models, ablated)} if ablated else {})}
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -50,7 +50,7 @@ def test_it_learns_the_order_of_words_and_keeps_the_words(teacher, tokenize, tmp
 
 
 def test_the_shipped_t5_tells_what_is_where(tokenize):
-    """A picture for each prompt, read by the exact reader: a table of words would paint the same for both."""
+    """Four pictures of each prompt, read exactly. The weights before, with a table of words, had 3.2 and 3.5 of 4."""
     pipeline = Pipeline.load("tiny-flux")
     for prompt in SWAPPED:
         scenes = read(to_pixels(pipeline(prompt, 4, seed=0)))
