@@ -12,29 +12,11 @@ best. More guidance makes pictures more alike and buys nothing.
 import argparse
 from pathlib import Path
 
-from repulsion import vendi_score
 from sampler import Pipeline, output
-from sampler.report import to_pixels
-from tiny.captions import parse
-from tiny.drawing import wrong_pixels
-from tiny.reader import adherence, attribute_vectors, read
 
 from .paper.measures import mean
 from .prompts import CHOICE, full_prompts
-
-
-def measure(pipeline: Pipeline, prompts: list[str], guidance: float, steps: int | None) -> tuple[list[float], list]:
-    """Means over the prompts of adherence, all of it, wrong pixels of 10,000 and Vendi score; and the pictures."""
-    rows, painted = [], []
-    for prompt in prompts:
-        pictures = pipeline(prompt, 4, guidance=guidance, steps=steps)
-        pixels = to_pixels(pictures)
-        scenes = read(pixels)
-        kept = [adherence(parse(prompt), scene) for scene in scenes]
-        rows.append([mean(kept), mean([k == 1 for k in kept]), mean(wrong_pixels(pixels)),
-                     vendi_score(attribute_vectors(scenes)).item()])
-        painted += pictures
-    return [mean(column) for column in zip(*rows, strict=True)], painted
+from .samples import measure
 
 
 def lowest_as_good(adherence: dict[float, float]) -> float:
@@ -56,13 +38,15 @@ def main() -> None:
           "|---|---|---|---|---|---|")
     kept: dict[float, float] = {}
     for guidance in args.guidance:
-        full, painted = measure(pipeline, full_prompts(args.prompts, args.seed), guidance, args.steps)
-        opened, _ = measure(pipeline, CHOICE, guidance, args.steps)
-        print(f"| {guidance:g} | {full[0]:.1%} | {full[1]:.0%} | {full[2]:.1f} | {opened[3]:.2f} | {opened[0]:.1%} |",
-              flush=True)
-        if args.out and full[0] > max(kept.values(), default=0.0):
+        call = {"images": 4, "guidance": guidance, "steps": args.steps}
+        full, painted = measure(pipeline, full_prompts(args.prompts, args.seed), **call)
+        opened, _ = measure(pipeline, CHOICE, **call)
+        follows, whole, _, wrong, _ = map(mean, zip(*full, strict=True))
+        in_open, *_, vendi = map(mean, zip(*opened, strict=True))
+        print(f"| {guidance:g} | {follows:.1%} | {whole:.0%} | {wrong:.1f} | {vendi:.2f} | {in_open:.1%} |", flush=True)
+        if args.out and follows > max(kept.values(), default=0.0):
             output.grid(painted, columns=10).save(args.out)
-        kept[guidance] = full[0]
+        kept[guidance] = follows
     print(f"\nlowest guidance within half a point of the best adherence: {lowest_as_good(kept):g}")
 
 

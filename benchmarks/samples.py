@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from repulsion import vendi_score
 from sampler import Pipeline
 from sampler.report import to_pixels
 from tiny.captions import parse
 from tiny.drawing import wrong_pixels
-from tiny.reader import adherence, read
+from tiny.reader import adherence, attribute_vectors, read
 from weights import BUNDLED
 
 from .paper.measures import mean, unreadable
@@ -39,16 +40,17 @@ def paint(pipelines: dict[str, Pipeline]):
     return stacked(sheets)
 
 
-def measure(pipeline: Pipeline, prompts: list[str], images: int) -> list[list[float]]:
-    """For each prompt the means over its pictures of the four measures."""
-    found = []
+def measure(pipeline: Pipeline, prompts: list[str], images: int, **call) -> tuple[list[list[float]], list]:
+    """For each prompt, over its pictures, the means of the four measures, and the Vendi score; and all pictures."""
+    found, painted = [], []
     for prompt in prompts:
-        pixels = to_pixels(pipeline(prompt, images, seed=0))
+        painted += (pictures := pipeline(prompt, images, seed=0, **call))
+        pixels = to_pixels(pictures)
         scenes, asked = read(pixels), parse(prompt)
         kept = [adherence(asked, scene) for scene in scenes]
         found.append([mean(kept), mean([k == 1 for k in kept]), mean([unreadable(scene) for scene in scenes]),
-                      mean(wrong_pixels(pixels))])
-    return found
+                      mean(wrong_pixels(pixels)), vendi_score(attribute_vectors(scenes)).item()])
+    return found, painted
 
 
 def main() -> None:
@@ -62,8 +64,8 @@ def main() -> None:
     paint(pipelines).save(args.out, optimize=True)
     print("| | adherence | all of it | unreadable | wrong pixels of 10,000 |\n|---|---|---|---|---|")
     for name, pipeline in pipelines.items():
-        by_prompt = [torch.tensor([one], dtype=torch.float64)
-                     for one in measure(pipeline, full_prompts(args.prompts), args.images)]
+        found, _ = measure(pipeline, full_prompts(args.prompts), args.images)
+        by_prompt = [torch.tensor([one], dtype=torch.float64) for one in found]
         print(f"| {name} | {' | '.join(columns(by_prompt, '.1%', '.0%', '.1%', '.0f'))} |", flush=True)
     print(f"pictures in {args.out}")
 

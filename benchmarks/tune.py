@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -94,9 +95,12 @@ def run(args: argparse.Namespace) -> None:
 
 def tune(args: argparse.Namespace, folder: Path) -> None:
     """Prints the table and the proposal; the sheets go to `folder`."""
-    pipeline = Pipeline.load(args.model)
+    if args.images < 2:
+        raise ValueError(f"--images must be at least 2, which repel each other, got {args.images}")
+    pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), offload=args.offload)
     own = pipeline.defaults.repulsion or Repulsion(strength=1.0)
-    said = {name: value for name, value in (("blocks", args.blocks), ("steps", args.steps)) if value is not None}
+    said = {} if args.blocks is None else {"blocks": args.blocks}
+    said |= {} if args.steps is None else {"steps": args.steps, "until": None}
     start = Measured(**vars(replace(own, scale=None, strength=1.0, iterations=1, **said)))
     start.check_blocks(pipeline.config.num_blocks)
     prompts = args.prompts or (CHOICE[::4] if pipeline.defaults.world == "tiny" else PROMPTS)
@@ -126,6 +130,8 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=4, help="pictures in a group (default: %(default)s)")
     parser.add_argument("--blocks", type=blocks, help="all, first, middle, last, or indices such as 0-3,7")
     parser.add_argument("--steps", type=int, help="τ, the steps that repel")
+    parser.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; or one block")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; GPU: bfloat16")
     parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder for pictures, replaced")
     return exit_code(run, parser)
 

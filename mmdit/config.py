@@ -96,13 +96,6 @@ class MMDiTConfig:
         """Whether the last dual-stream block drops its context: it does where no block after it reads it (SD3)."""
         return self.num_single_blocks == 0
 
-    @classmethod
-    def preset(cls, name: str) -> "MMDiTConfig":
-        """The sizes of a public checkpoint, by its public name (see `PRESETS`)."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown model {name!r}: the presets are {', '.join(PRESETS)}")
-        return PRESETS[name]
-
 
 _FLUX = MMDiTConfig(hidden_size=3072, num_heads=24, num_dual_blocks=19, num_single_blocks=38)
 _FLUX2 = MMDiTConfig(hidden_size=3072, num_heads=24, num_dual_blocks=5, num_single_blocks=20, latent_channels=128,

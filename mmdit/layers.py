@@ -53,10 +53,10 @@ def check_vocabulary(ids: Tensor, size: int, whose: str) -> None:
                          "tokenizer of the same checkpoint")
 
 
-def timestep_features(sigma: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
+def timestep_features(sigma: Tensor, width: int = 256) -> Tensor:
     """Sin/cos features of a number such as σ, counted in thousandths: (b,) → (b, width) float32, cosines first."""
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=sigma.device) / half)
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=sigma.device) / half)
     angles = 1000.0 * sigma.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -17,6 +17,6 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def on_meta(network: type[nn.Module], config: Any) -> nn.Module:
-    """A network of these sizes on the meta device, such as `on_meta(MMDiT, MMDiTConfig.preset("flux1-dev"))`."""
+    """A network of these sizes on the meta device, such as `on_meta(MMDiT, PRESETS["flux1-dev"])`."""
     with torch.device("meta"), _WithoutInit():
         return network(config)

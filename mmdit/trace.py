@@ -74,7 +74,7 @@ class _Recorder(TorchFunctionMode):
         if not self.running:
             self.passes.append({})
         self.running.append(place)
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        call = inspect.signature(partial(type(module).forward, module)).bind(*args, **kwargs)  # compiled or not
         for argument, value in call.arguments.items():
             self.keep(place, f"{argument}.in" if len(call.signature.parameters) > 1 else "in", value)
         if isinstance(module, DualBlock | SingleBlock) and call.arguments.get("push"):
@@ -84,7 +84,8 @@ class _Recorder(TorchFunctionMode):
 
     def leave(self, place: str, module: nn.Module, args: tuple, output: Any) -> None:
         self.running.pop()
-        names = OUTPUTS.get(type(module)) or getattr(output, "_fields", None)
+        kinds = [names for kind, names in OUTPUTS.items() if isinstance(module, kind)]
+        names = kinds[0] if kinds else getattr(output, "_fields", None)
         if isinstance(module, Modulation):
             output = tuple(vector for triple in output for vector in triple if vector is not None)
         if names is None:

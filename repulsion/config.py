@@ -55,6 +55,8 @@ class Repulsion:
                        blocks=(self.blocks if named else "all", ("all", *THIRDS)),
                        branches=(self.branches, ("all", "conditional")),
                        single_stream_tokens=(self.single_stream_tokens, ("all", "context", "none")))
+        if not isinstance(self.blocks, (str, tuple, list)):
+            raise ValueError(f"repulsion blocks must be a name or a tuple of indices, got {self.blocks!r}")
         blocks = () if named else tuple(self.blocks)
         object.__setattr__(self, "blocks", self.blocks if named else blocks)
         for field, values in (("steps", (self.steps,)), ("start", (self.start,)), ("blocks", blocks)):

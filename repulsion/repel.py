@@ -20,8 +20,8 @@ def check_settings(strength, scale, iterations, objective, kernel_reg, solver, *
     for name, value in (("strength", strength), ("scale", scale)):
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"repulsion {name} must be a finite number, 0 or more, got {value}")
-    if iterations < 1:
-        raise ValueError(f"repulsion iterations must be at least 1, got {iterations}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"repulsion iterations must be at least 1, a whole number, got {iterations}")
     if not 0 < kernel_reg < float("inf"):
         raise ValueError(f"repulsion kernel_reg must be a finite number above 0, got {kernel_reg}")
     choices |= {"objective": (objective, NAMES), "solver": (solver, ("gram", "autograd"))}

@@ -21,7 +21,7 @@ def find_settings(found: Checkpoint) -> Settings:
         own["repulsion"] = Repulsion(**own["repulsion"]) if own.get("repulsion") else None
         return Settings(**own)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error} (strength took the place of diversity)") from error
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def find_schedule(found: Checkpoint, settings: Settings, shift: float | None = None) -> Schedule:
@@ -56,3 +56,7 @@ def check_fit(stored: Mapping[str, Stored]) -> None:
         if width != wanted:
             raise CheckpointError(f"{stored[role].part.path} makes {what} of width {width}, but the transformer "
                                   f"{main.part.path} reads {wanted}: give the {role} that belongs to it")
+    latents = stored["autoencoder"].part
+    if latents.family not in (None, main.part.family):  # as wide, other numbers
+        raise CheckpointError(f"{latents.path} is an autoencoder of {latents.family}, but the transformer "
+                              f"{main.part.path} is of {main.part.family}: give the autoencoder that belongs to it")

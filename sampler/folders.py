@@ -45,7 +45,7 @@ def whole_folder(target: Path, overwrite: bool = False, *, numbered: bool = Fals
     claim = next(filter(None, (take(name, overwrite, ours) for name in names)), None)
     if claim is None:
         raise FileExistsError(refused(target, overwrite, ours)
-                              or f"{target} is being written by another run: choose another --out")
+                              or f"{target} is being written by another run: choose another folder")
     try:
         yield claim
         publish(claim, overwrite, ours)
@@ -69,7 +69,7 @@ def take(target: Path, overwrite: bool, ours: str) -> Claim | None:
         work.mkdir(parents=True, exist_ok=True)
         lock = hold(work)
     except OSError as error:
-        raise OSError(f"{target} cannot be written ({error.strerror}): choose another --out") from error
+        raise OSError(f"{target} cannot be written ({error.strerror}): choose another folder") from error
     if lock is None:
         return None
     if refused(target, overwrite, ours):  # by now: another run has finished
@@ -145,14 +145,14 @@ def refused(target: Path, overwrite: bool, ours: str) -> str | None:
     if not os.path.lexists(target):
         return None
     if not overwrite:
-        return f"{target} exists already: choose another --out, or say --overwrite"
+        return f"{target} exists already: choose another folder, or say --overwrite"
     if target.is_symlink() or not target.is_dir():
-        return f"{target} is a file or a link, and --overwrite replaces folders alone: choose another --out"
+        return f"{target} is a file or a link, and --overwrite replaces folders alone: choose another folder"
     found = sorted(target.iterdir())
     foreign = [file for file in found if file.is_symlink() or not file.is_file() or not re.fullmatch(ours, file.name)]
     if found and not any(file.suffix == ".json" for file in found):
         foreign += found
-    return f"{foreign[0]} is not this program's, --overwrite would delete it: choose another --out" if foreign else None
+    return f"{foreign[0]} is not ours, --overwrite would delete it: choose another folder" if foreign else None
 
 
 def numbers(base: Path) -> Iterator[Path]:

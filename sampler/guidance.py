@@ -70,7 +70,7 @@ class GuidedVelocity:
     seed: int = 0
 
     def __call__(self, x: Tensor, sigma: float, step: int, guided: bool = True) -> Tensor:
-        """x (b, c, H, W) at σ → the velocity, float32. Without `guided`, both guidances are 1: the prompt alone.
+        """x (b, c, H, W) at σ → the velocity, float32. Without `guided`: of the prompt alone, without any guidance.
 
         The branches of classifier-free guidance are one batch of two groups, the unconditional one first; samples repel
         those of their own branch, so that guidance amplifies what sets the branches apart and not the push.
@@ -90,7 +90,7 @@ class GuidedVelocity:
         conditional = v[-b:]
         if groups == 2:
             v = v[:b] + self.weight * (conditional - v[:b])
-        if self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
+        if guided and self.skip_layers is not None and self.skip_layers.acts_in(step, self.steps):
             skipped = self.transformer.module(**inputs(b), repulsion=repulsion, skip_layers=self.skip_layers.layers)
             v = v + self.skip_layers.scale * (conditional - skipped.float())
         return v

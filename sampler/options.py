@@ -69,7 +69,6 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--repel-until", type=float, metavar="σ", help="instead: in the steps down to this noise level")
     r.add_argument("--blocks", type=blocks, help="all, first, middle, last (thirds), or indices such as 0-3,7")
     r.add_argument("--branches", choices=["all", "conditional"], help="of classifier-free guidance: which are pushed")
-    r.add_argument("--diversity", type=float, help=argparse.SUPPRESS)  # of earlier versions
     m = p.add_argument_group("where --model does not hold everything, or memory is short")
     m.add_argument("--transformer", metavar="PATH", help="a file or folder, instead of --model's")
     m.add_argument("--autoencoder", metavar="PATH", help="likewise, such as ae.safetensors")
@@ -103,6 +102,7 @@ def options_of(line: dict[str, object], others: argparse.Namespace) -> argparse.
     for name, value in line.items():
         if name != "prompt" and value is not None:
             option = f"--{name.replace('_', '-')}"
+            value = ",".join(map(str, value)) if isinstance(value, list) and name != "image" else value
             words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
 
     def refuse(message: str) -> None:
@@ -139,11 +139,12 @@ def exit_code(run: Callable[[argparse.Namespace], None], parser: argparse.Argume
 
 def sentence(error: Exception) -> str:
     """What to tell the user of an error. Raises it again where it is a mistake in the program."""
-    text = re.sub(r"(\d+) bytes", lambda found: f"{int(found[1]) / 2**30:.2f} GiB", str(error))
+    text = str(error)
     if isinstance(error, MemoryError) or re.search("out of memory|allocate|not enough memory|ALLOC_FAILED", text):
+        text = re.sub(r"(\d+) bytes", lambda found: f"{int(found[1]) / 2**30:.2f} GiB", text)
         asked = re.search(r"allocate (\d[\d.]* \w+)", text)
-        return (f"out of memory{f' at {asked[1]}' if asked else ''}: try fewer --images, a smaller --height and "
-                "--width, --dtype bfloat16, or --offload parts or blocks")
+        return (f"out of memory{f' at {asked[1]}' if asked else ''}: try fewer or smaller pictures, or, where this "
+                "program has them, --dtype bfloat16 and --offload parts or blocks")
     if isinstance(error, (RuntimeError, TypeError)):
         if "MPS" not in text:
             raise error

@@ -17,7 +17,7 @@ def enlarge(picture: Image.Image, least: int = 128) -> Image.Image:
 
 
 def grid(pictures: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side, in rows of `columns` (default: about square, at most 4 wide) on white."""
+    """Pictures of one size side by side, in rows of `columns` (default: 4, or all in one row) on white."""
     pictures = [enlarge(p) for p in pictures]
     columns = columns or min(len(pictures), 4)
     rows = -(-len(pictures) // columns)
@@ -60,7 +60,7 @@ def save_png(picture: Image.Image, file: Path, about: dict[str, object]) -> None
 
 
 def folder_name(prompt: str) -> str:
-    """What a folder for pictures of this prompt is called: its letters and digits, at most 60 signs."""
+    """What a folder for pictures of this prompt is called: its letters a to z and digits, at most 60 signs."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
 
 

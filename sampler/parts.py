@@ -16,6 +16,17 @@ from mmdit import MMDiT
 from weights import Stored
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises ValueError where this machine or this build of torch has none such."""
+    try:
+        numbers = torch.zeros(1, device=name)
+        numbers.tolist()  # which "meta" cannot
+        return numbers.device
+    except (RuntimeError, AssertionError) as error:
+        why = "torch lacks it" if isinstance(error, NotImplementedError) else str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {why}") from error
+
+
 class Part:
     """A network that is read when it is first used. `free`: and again each time, since it is freed after each use."""
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,23 @@ from .conditioning import ChatEncoder, TextEncoders, find_text_encoders
 from .defaults import check_fit, find_schedule, find_settings
 from .guidance import GuidedVelocity, SkipLayerGuidance
 from .methods import Method
-from .parts import Part, compile_blocks, finite, load_sharded, load_streamed
+from .parts import Part, compile_blocks, finite, load_sharded, load_streamed, usable_device
 from .references import read_references
 from .schedule import Schedule, starting_noise
 
 # context and pooled vector (None in FLUX.2) of the prompts; latents of the references
 Encoded = tuple[tuple[Tensor, Tensor | None], list[Tensor]]
+
+
+class Plan(NamedTuple):
+    """The arguments of a call, checked, and with what the checkpoint has in place of those left out."""
+
+    guidance: float | None
+    weight: float | None  # of classifier-free guidance
+    references: list[Tensor]  # pixels (1, 3, H, W)
+    height: int
+    width: int
+    sigmas: Tensor  # (steps + 1,)
 
 
 class Pipeline:
@@ -90,7 +101,7 @@ class Pipeline:
         encoders = {}
         for role, network in stored.items():
             usual = dtype or network.dtype
-            narrow = usual == torch.float16 and (dtype or role in ("t5", "text"))
+            narrow = usual == torch.float16 and role in ("t5", "text")
             encoders[role] = Part(partial(load, network, dtype=torch.bfloat16 if narrow else usual), free)
         load_main = partial(load, main, dtype=dtype or main.dtype)
         text = find_text_encoders(found, encoders, main.config.context_dim, settings.prompt_tokens)
@@ -141,19 +152,9 @@ class Pipeline:
         Raises ValueError naming the argument that is wrong, or the network that returned NaN or a flat picture.
         """
         method = method or Method()  # plain sampling
-        steps = self.defaults.steps if steps is None else steps
-        guidance = self.defaults.guidance if guidance is None else guidance
-        pictures = [*image] if isinstance(image, (list, tuple)) else [] if image is None else [image]
-        self._check(prompt=prompt, images=images, pictures=pictures, skip=skip_layer_guidance)
-        weight = self._classifier_free(guidance=guidance, true_guidance=true_guidance, negative_prompt=negative_prompt,
-                                       skip=skip_layer_guidance)
-        method.check(guided=weight is not None or self.config.guidance_embedding)
-        pixels, size = [], (self.defaults.height, self.defaults.width)
-        if pictures:
-            pixels, size = read_references(pictures, self.text.family == "flux2", size[0] * size[1], self.multiple)
-        height, width = self._size(*(usual if side is None else side
-                                     for side, usual in zip((height, width), size, strict=True)), images)
-        sigmas = self.sigmas(steps, height, width)
+        guidance, weight, pixels, height, width, sigmas = self.plan(
+            prompt, images, steps=steps, guidance=guidance, height=height, width=width, image=image, method=method,
+            negative_prompt=negative_prompt, true_guidance=true_guidance, skip_layer_guidance=skip_layer_guidance)
         draw = partial(self._noise, seed=seed, height=height, width=width, noise=noise)
         prompts = [prompt] if weight is None else [negative_prompt or "", prompt]
 
@@ -170,13 +171,33 @@ class Pipeline:
 
         with self.parts["transformer"].used():
             velocity = GuidedVelocity(
-                transformer=self.parts["transformer"], condition=method.condition(condition, seed), steps=steps,
-                weight=weight, distilled=guidance if self.config.guidance_embedding else None, references=references,
+                transformer=self.parts["transformer"], condition=method.condition(condition, seed),
+                steps=len(sigmas) - 1, weight=weight, references=references,
+                distilled=guidance if self.config.guidance_embedding else None,
                 repulsion=repulsion, skip_layers=skip_layer_guidance, seed=seed,
             )
             latent = method.denoise(method.velocity(velocity, sigmas), noise, sigmas, progress=progress)
         finite(latent, "the transformer", also=", or a lower guidance or strength")
         return self.decode(latent) if decode else (latent, (texts, references))
+
+    def plan(self, prompt: str, images: int = 4, *, steps: int | None = None, guidance: float | None = None,
+             height: int | None = None, width: int | None = None, negative_prompt: str | None = None,
+             image: Image.Image | Sequence[Image.Image] | None = None, true_guidance: float | None = None,
+             skip_layer_guidance: SkipLayerGuidance | None = None, method: Method | None = None) -> Plan:
+        """A call's arguments, checked, before anything is computed. Raises ValueError naming the one that is wrong."""
+        guidance = self.defaults.guidance if guidance is None else guidance
+        pictures = [*image] if isinstance(image, (list, tuple)) else [] if image is None else [image]
+        self._check(prompt=prompt, images=images, pictures=pictures, skip=skip_layer_guidance)
+        weight = self._classifier_free(guidance=guidance, true_guidance=true_guidance, negative_prompt=negative_prompt,
+                                       skip=skip_layer_guidance)
+        (method or Method()).check(guided=weight is not None or self.config.guidance_embedding)
+        pixels, size = [], (self.defaults.height, self.defaults.width)
+        if pictures:
+            pixels, size = read_references(pictures, self.text.family == "flux2", size[0] * size[1], self.multiple)
+        height, width = self._size(*(usual if side is None else side
+                                     for side, usual in zip((height, width), size, strict=True)), images)
+        sigmas = self.sigmas(self.defaults.steps if steps is None else steps, height, width)
+        return Plan(guidance, weight, pixels, height, width, sigmas)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> list[Image.Image]:
@@ -223,7 +244,9 @@ class Pipeline:
         return height, width
 
     def _check(self, prompt, images, pictures, skip) -> None:
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt must be one text, got a {type(prompt).__name__}: a batch has one prompt")
+        if not prompt.strip():
             raise ValueError("the prompt is empty: say what the pictures should show")
         if images < 1:
             raise ValueError(f"images must be at least 1, got {images}")
@@ -266,17 +289,6 @@ class Pipeline:
                 raise ValueError(f"{name} needs classifier-free guidance: a guidance above 1, with a "
                                  "distilled FLUX a true_guidance above 1")
         return weight if guided else None
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device of this name. Raises ValueError where this machine or this build of torch has none such."""
-    try:
-        numbers = torch.zeros(1, device=name)
-        numbers.tolist()  # which "meta" cannot
-        return numbers.device
-    except (RuntimeError, AssertionError) as error:
-        why = "torch lacks it" if isinstance(error, NotImplementedError) else str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {why}") from error
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -25,9 +25,6 @@ from .ranks import Ranks
 
 def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion | None:
     """The checkpoint's repulsion with the options given; None beside a rival if no option of repulsion is given."""
-    if args.diversity is not None:
-        raise ValueError("--diversity no longer exists, --strength took its place: the length of the push relative to "
-                         "the tokens, for example --strength 0.5")
     given = {"scale": args.scale, "iterations": args.iterations, "steps": args.repel_steps, "until": args.repel_until,
              "blocks": args.blocks, "branches": args.branches,
              "strength": args.strength if args.method == "repulsion" else None}
@@ -36,6 +33,8 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion |
         return None
     if "until" in given or "steps" in given:  # instead of the checkpoint's
         given = {"until": None, "steps": 1, **given}
+    if "strength" in given:  # M is of the paper's η: a strength is one gradient step where no other M is given
+        given = {"iterations": 1, **given}
     if "strength" in given or "scale" in given:
         return replace(default or Repulsion(0.0), **{"strength": None, "scale": None, **given})
     if default is None:
@@ -93,6 +92,10 @@ class Group:
     ways: dict[str, dict | None]  # the same, as they are written
     about: dict  # the rest, as it is written
 
+    def open_references(self) -> list[Image.Image] | None:
+        """The pictures to edit. Raises ValueError naming the file that is none."""
+        return None if self.args.image is None else [open_picture(file) for file in self.args.image]
+
 
 def prepare(pipeline: Pipeline, args: argparse.Namespace) -> Group:
     """The group that the options ask for. Raises ValueError for what does not fit together or into the model."""
@@ -133,8 +136,8 @@ def run(args: argparse.Namespace, ranks: Ranks = Ranks()) -> None:  # noqa: B008
     if stopped is not None:
         print(f"written to {claim.target}: the finished batch alone, {', '.join(pictures)}")
         raise KeyboardInterrupt("the finished batch was written") if isinstance(stopped, KeyboardInterrupt) else stopped
-    *_, diverse = group.batches
-    print(report.table(found.get("base"), found[diverse], args.images).replace("repelled", diverse, 1))
+    columns = {"typical" if name == "base" else name: numbers for name, numbers in found.items()}
+    print(report.table(columns, args.images))
     print(f"written to {claim.target}{'' if args.no_compare else ': compare.png shows both'}")
 
 
@@ -146,7 +149,7 @@ def paint(pipeline: Pipeline, group: Group, ranks: Ranks = Ranks(), progress: bo
     Every batch is denoised before the first is decoded: with --offload each network is read once.
     """
     args = group.args
-    image = None if args.image is None else [open_picture(file) for file in args.image]
+    image = group.open_references()
     splits = {name: ranks.split(args.images, **ways) for name, ways in group.batches.items()}
     latents, seconds, pictures, found, stopped, encoded = {}, {}, {}, {}, [], None
 

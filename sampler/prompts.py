@@ -104,7 +104,11 @@ def read(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Group]:
         try:
             options = options_of(json.loads(line) if line.startswith("{") else {"prompt": line}, args)
             pipeline.text.check_length(options.prompt)
-            groups[f"{number:05d}-{output.folder_name(options.prompt)}"] = prepare(pipeline, options)
+            group = groups[f"{number:05d}-{output.folder_name(options.prompt)}"] = prepare(pipeline, options)
+            pictures = group.open_references()
+            for ways in group.batches.values():
+                pipeline.plan(options.prompt, options.images, image=pictures, method=ways["method"],
+                              **{name: value for name, value in group.call.items() if name != "seed"})
         except ValueError as error:
             raise ValueError(f"{args.prompts}, line {number}: {error}") from error
     if not groups:

@@ -44,11 +44,10 @@ def describe_batch(pictures: list[Image.Image], prompt: str, world: str | None) 
             "adherence": asked and round(mean(adherence(asked, scene) for scene in scenes), 4)}
 
 
-def table(base: dict | None, repelled: dict | None, images: int) -> str:
-    """The two batches side by side as lines of text; either may be missing."""
-    columns = {name: column for name, column in (("typical", base), ("repelled", repelled)) if column is not None}
-    found = list(columns.values())
-    rows = [("", *columns), (f"Vendi score (1 to {images})", *(f"{c['vendi']:.2f}" for c in found))]
+def table(batches: dict[str, dict], images: int) -> str:
+    """What `describe_batch` says of each batch, with its name and seconds, side by side as lines of text."""
+    found = list(batches.values())
+    rows = [("", *batches), (f"Vendi score (1 to {images})", *(f"{c['vendi']:.2f}" for c in found))]
     if found[0].get("adherence") is not None:
         rows.append(("adherence", *(f"{100 * c['adherence']:.0f} %" for c in found)))
     if "well_drawn" in found[0]:

@@ -96,7 +96,7 @@ class Schedule:
             last = shifted(last, shift)
         end = last.item() if self.spacing == "sd3" else 1 / steps
         levels = shifted(torch.linspace(1, end, steps, dtype=torch.float64), shift)
-        if self.shift_terminal is not None:
+        if self.shift_terminal is not None and steps > 1:  # a run's first level is 1
             levels = 1 - (1 - levels) * (1 - self.shift_terminal) / (1 - levels[-1])
         return torch.cat([levels, levels.new_zeros(1)]).float()
 
@@ -113,14 +113,14 @@ def flux2_mu(image_tokens: int, steps: int) -> float:
     return at_200 if image_tokens > 4300 else at_200 + (at_10 - at_200) * (200 - steps) / 190
 
 
-def sigmas(steps: int, *, shift: float = 1.0, image_tokens: int | None = None, spacing: str = "flux") -> Tensor:
+def sigmas(steps: int, *, shift: float | None = None, image_tokens: int | None = None, spacing: str = "flux") -> Tensor:
     """The noise levels of a sampling run, from 1 down to 0: (steps + 1,) float32; see `Schedule`.
 
     FLUX.1-schnell: `sigmas(4)`. FLUX.1-dev: `sigmas(28, image_tokens=4096)`. FLUX.2: `sigmas(4, image_tokens=4096,
-    spacing="flux2")`. SD3: `sigmas(28, shift=3.0, spacing="sd3")`. Raises ValueError for fewer than one step, a shift
-    that is not positive, and an unknown spacing.
+    spacing="flux2")`. SD3: `sigmas(28, shift=3.0, spacing="sd3")`. A `shift` holds for pictures of any size.
+    Raises ValueError for fewer than one step, a shift that is not positive, and an unknown spacing.
     """
-    return Schedule(spacing, shift if image_tokens is None else None).sigmas(steps, image_tokens)
+    return Schedule(spacing, 1.0 if shift is None and image_tokens is None else shift).sigmas(steps, image_tokens)
 
 
 def denoise(velocity: Velocity, noise: Tensor, sigmas: Tensor, progress: str | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from tiny.world import P_COMPLETE, P_COUNT, Scene, forget, misstate, render, sam
 from .loop import autocast, loaded, save_atomically
 
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
-SHIFT = 3.0  # of the noise schedule in training, as SD3's
+SHIFT = 3.0  # of the noise schedule in training, as SD3's and SD3.5-Large-Turbo's
 
 
 @dataclass

@@ -38,7 +38,7 @@ DYNAMIC_SHIFT = {  # FLUX.1-dev's: by the number of image tokens
 def export_sd3(folder: Path, tokenizers: Path, clips: list[ClipTextEncoder], t5: T5Encoder, transformer: MMDiT,
                autoencoder: Autoencoder, shift: float, sampling: dict) -> None:
     """An SD3 pipeline in bfloat16. `tokenizers` holds the three tokenizer folders; `shift` is the schedule's;
-    `sampling` are the defaults of `sampler.defaults.Defaults`, in a file that diffusers ignores."""
+    `sampling` are the defaults of `weights.Settings`, in a file that diffusers ignores."""
     copy_tokenizers([tokenizers / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")], folder)
     write(folder, [*clips, t5], transformer, autoencoder, {"shift": shift}, sampling)
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusion3Pipeline", **SD3_CLASSES})

@@ -1,5 +1,7 @@
 """The training loop of all networks: data, progress, checkpoints, resuming, exponential moving average."""
 
+import argparse
+import json
 import math
 import os
 import time
@@ -15,6 +17,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 RECORDED = 125  # steps that replay one CUDA graph
+FREE = ("out", "minutes", "compile", "device")  # options that may change when a run is gone on with
+
+
+def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a training program, whose work folder --out is made. Ends the program where that folder holds a
+    run with other options: what it has cached belongs to these."""
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, now = args.out / "options.json", {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            parser.error(f"{args.out} holds a run with {name} {before.get(name)}, not {now.get(name)}: give another "
+                         "--out, or the same options")
+    file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    return args
 
 
 def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None,
@@ -154,7 +172,12 @@ def save_atomically(state: dict, file: Path) -> None:
 
 
 def batches(count: int, size: int, seed: int) -> Callable[[int], Tensor]:
-    """A function from step to its batch of indices: every example once per epoch, in an order from seed and epoch."""
+    """A function from step to its batch of indices: every example once per epoch, in an order from seed and epoch.
+
+    Raises ValueError for fewer examples than a batch has.
+    """
+    if count < size:
+        raise ValueError(f"{count} examples are fewer than a batch of {size}: take more, or smaller batches")
     per_epoch = count // size
 
     def at(step: int) -> Tensor:

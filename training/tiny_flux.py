@@ -22,7 +22,7 @@ from weights import BUNDLED, load_text_encoder, load_transformer
 
 from .data import LENGTH, SHIFT, Data, noised
 from .export import export_flux
-from .loop import batches, train
+from .loop import batches, options, train
 from .reading import beginner, learn_to_read
 from .teacher import FluxTextEncoders, Teacher, trusting
 from .tiny_sd3 import start_at_zero
@@ -103,8 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="compile the blocks of student and teacher")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = options(parser)
 
     torch.manual_seed(args.seed)
     teacher = Teacher(args.teacher, args.device)

@@ -35,7 +35,7 @@ from weights import load_autoencoder, load_text_encoder, load_transformer
 
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
-from .loop import batches, train
+from .loop import batches, options, train
 from .teacher import TOKENIZERS, sd3_condition, trusting
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
@@ -64,14 +64,9 @@ def new_autoencoder() -> Autoencoder:
     return model
 
 
-def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, batch: int, device: str,
-                      decoder_only: bool = False) -> None:
-    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion).
-
-    With `decoder_only` latents stay what they are, so that a transformer that was trained on them can be kept.
-    """
+def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, batch: int, device: str) -> None:
+    """Train for reconstruction, with a small Kullback–Leibler term that keeps the latents smooth (latent diffusion)."""
     model.to(device).requires_grad_(True)
-    model.encoder.requires_grad_(not decoder_only)
     pick = batches(len(data.scenes), batch, data.seed)
 
     def batch_at(step: int) -> list[Tensor]:
@@ -85,8 +80,8 @@ def train_autoencoder(model: Autoencoder, data: Data, folder: Path, steps: int, 
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         return F.l1_loss(restored, picture) + 5 * F.mse_loss(restored, picture) + 1e-3 * kl
 
-    name, part, lr = ("decoder", model.decoder, 1e-3) if decoder_only else ("autoencoder", model, 3e-3)
-    train(name, {name: part}, batch_at, loss_of, steps, folder, lr=lr, muon_lr=7 * lr, ema=0.99, device=device)
+    train("autoencoder", {"autoencoder": model}, batch_at, loss_of, steps, folder, lr=3e-3, muon_lr=0.021, ema=0.99,
+          device=device)
     model.requires_grad_(False).eval()
 
 
@@ -198,19 +193,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="its highest learning rate (AdamW; of Muon ten times)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--autoencoder-batch", type=int, default=16, help="its pictures a step (default: %(default)s)")
-    parser.add_argument("--decoder-steps", type=int, default=0, help="then steps of its decoder alone, also with "
-                        "--start: latents, and what was trained on them, stay valid")
     parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--wrong", type=float, default=0.18, help="share of what captions say that is wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
-                        "further, tokenizers, encoder of pictures and CLIPs are kept")
+                        "further, tokenizers, autoencoder and CLIPs are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: on a CPU 0.6 of the "
                         "time a step; needs a C++ compiler, and a minute to start")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = options(parser)
 
     torch.manual_seed(args.seed)
     data = Data.sample(args.scenes, args.seed, args.wrong)
@@ -229,9 +221,6 @@ def main() -> None:
         train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.autoencoder_batch, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
-    if args.decoder_steps:
-        train_autoencoder(autoencoder, data, args.out, args.decoder_steps, args.autoencoder_batch, args.device,
-                          decoder_only=True)
     if args.compile:
         compile_blocks(transformer, dynamic=False)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)

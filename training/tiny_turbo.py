@@ -22,12 +22,11 @@ from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import BUNDLED, load_transformer
 
-from .data import Data
+from .data import SHIFT, Data
 from .export import export_sd3
-from .loop import autocast, batches, save_atomically, train
+from .loop import autocast, batches, options, save_atomically, train
 from .teacher import Teacher
 
-SHIFT = 3.0  # of the schedule, as SD3.5-Large-Turbo's
 STEPS = 4
 FINE = 5  # the teacher's steps in each of the student's, except the last
 GUIDANCE = 5.0
@@ -99,12 +98,19 @@ def distill(teacher: Teacher, student: MMDiT, data: Data, ways: Tensor, folder: 
           device=device, minutes=minutes)
 
 
+def whole_chunks(text: str) -> int:
+    """A number of trajectories."""
+    if int(text) < CHUNK or int(text) % CHUNK:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {CHUNK}, got {text}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-turbo"), help="work folder; runs can resume")
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="continue from this tiny-turbo (default: the teacher)")
-    parser.add_argument("--trajectories", type=int, default=6144, help=f"of the teacher; a multiple of {CHUNK}")
+    parser.add_argument("--trajectories", type=whole_chunks, default=6144, help=f"a multiple of {CHUNK}")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the training after this time")
     parser.add_argument("--batch", type=int, default=64, help="examples a step (default: %(default)s)")
@@ -112,10 +118,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="compile the student's blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if args.trajectories < CHUNK or args.trajectories % CHUNK:
-        parser.error(f"--trajectories must be a multiple of {CHUNK}, got {args.trajectories}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = options(parser)
 
     data = Data.sample(args.trajectories, args.seed)
     teacher = Teacher(args.teacher, args.device)

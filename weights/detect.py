@@ -104,9 +104,11 @@ class Part:
 
     @property
     def family(self) -> str | None:
-        """Of a transformer, and of an autoencoder whose tensors, prefix or name tell it."""
+        """Of a transformer, and of an autoencoder whose tensors, prefix, name or config.json tell it."""
         is_sd3 = self.prefix.endswith(tables.AUTOENCODER_ORIGINAL.prefix) or "sd3" in self.path.name.lower()
-        told = "flux2" if self.shape("latent_mean") else "sd3" if is_sd3 else None
+        scaling = (self.config or {}).get("scaling_factor")
+        usual = next((family for family, its in configs.LATENTS.items() if its["scaling"] == scaling), None)
+        told = "flux2" if self.shape("latent_mean") else "sd3" if is_sd3 else usual
         return {FLUX: "flux", FLUX2: "flux2", SD3: "sd3", AUTOENCODER: told}.get(self.kind)
 
 

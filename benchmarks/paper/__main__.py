@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from sampler.pipeline import usable_device
+from sampler.parts import usable_device
 from weights import BUNDLED
 
 from .plan import REGIMES, SIZES, stages

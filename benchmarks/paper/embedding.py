@@ -74,17 +74,20 @@ def main(steps: int = 2000, file: Path = FILE) -> None:
     torch.manual_seed(0)
     model, head = Embedding(), nn.Linear(WIDTH, len(GROUNDS) + len(TEXTURES) + len(PLACES) + len(PAIRS))
 
-    def loss_at(step: int) -> Tensor:
+    def batch_at(step: int) -> list[Tensor]:
         rng = random.Random(f"embedding {step}")
         scenes = [sample_scene(rng) for _ in range(64)]
-        found = head(F.silu(model(spoil(render(scenes, step)))))
+        return [render(scenes, step), *answers(scenes)]
+
+    def loss_of(pictures: Tensor, *answered: Tensor) -> Tensor:
+        found = head(F.silu(model(spoil(pictures))))
         *single, pairs = found.split([len(GROUNDS), len(TEXTURES), len(PLACES), len(PAIRS)], dim=1)
-        *asked, shown = answers(scenes)
+        *asked, shown = answered
         loss = sum(F.cross_entropy(a.float(), b) for a, b in zip(single, asked, strict=True))
         return loss + 10 * F.binary_cross_entropy_with_logits(pairs.float(), shown)
 
     with tempfile.TemporaryDirectory() as folder:
-        train("embedding", {"model": model, "head": head}, loss_at, steps, Path(folder), lr=2e-3)
+        train("embedding", {"model": model, "head": head}, batch_at, loss_of, steps, Path(folder), lr=2e-3)
     with torch.no_grad():
         rng = random.Random("embedding")
         vectors = model(torch.cat([render([sample_scene(rng) for _ in range(64)], i) for i in range(32)]))

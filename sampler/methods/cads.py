@@ -6,6 +6,7 @@ arXiv:2310.17347.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,13 +35,12 @@ class CADS(Method):
     start: float = 0.3
     stop: float = 0.8
     mix: float = 1.0
+    ranges: ClassVar = {"mix": (0, 1)}
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"CADS's start and stop must be 0 ≤ start < stop ≤ 1, got {self.start} and {self.stop}")
-        if not 0 <= self.mix <= 1:
-            raise ValueError(f"CADS's mix must be a number from 0 to 1, got {self.mix}")
 
     def condition(self, condition: Condition, seed: int) -> Condition:
         def annealed(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor | None]:

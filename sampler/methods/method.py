@@ -31,7 +31,7 @@ class Method:
             raise ValueError(f"{name}'s strength must be a finite number, 0 or more, got {self.strength}")
         for field, (least, most) in self.ranges.items():
             value, limits = getattr(self, field), f"{least} or more" if most == math.inf else f"from {least} to {most}"
-            if not least <= value <= most:
+            if not (math.isfinite(value) and least <= value <= most):
                 raise ValueError(f"{name}'s {field} must be a number {limits}, got {value}")
 
     def check(self, guided: bool) -> None:

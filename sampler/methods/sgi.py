@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,13 +43,7 @@ class GroupSelection(Method):
     balance: float = 1.5
     quality: Measure | None = None
     features: Measure | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.pruning <= 1:
-            raise ValueError(f"GroupSelection's pruning must be a number from 0 to 1, got {self.pruning}")
-        if not (math.isfinite(self.balance) and self.balance >= 0):
-            raise ValueError(f"GroupSelection's balance must be a finite number, 0 or more, got {self.balance}")
+    ranges: ClassVar = {"pruning": (0, 1), "balance": (0, math.inf)}
 
     def noise(self, draw: Callable[[int], Tensor], images: int) -> Tensor:
         return draw(round((1 + self.strength) * images))

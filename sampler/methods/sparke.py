@@ -3,7 +3,9 @@
 Jalali et al., "SPARKE: Scalable Prompt-Aware Diversity Guidance in Diffusion Models via RKE Score", arXiv:2506.10173.
 """
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,13 +30,12 @@ class SPARKE(Steering):
     strength: float = 0.1
     bandwidth: float = 0.8
     every: int = 4
+    ranges: ClassVar = {"every": (1, math.inf)}
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.bandwidth < float("inf"):
             raise ValueError(f"SPARKE's bandwidth must be a finite number above 0, got {self.bandwidth}")
-        if self.every < 1:
-            raise ValueError(f"SPARKE's every must be at least 1, got {self.every}")
 
     def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
         if self.strength == 0 or step % self.every or len(x) == 1:

@@ -25,7 +25,8 @@ class TeacherFirst(Method):
     teacher: bundled checkpoint, folder, file or hub name
     weight: the teacher's guidance; None: its default
 
-    Raises ValueError in a call with guidance, which few-step models have not, and for a teacher of other latents.
+    Raises ValueError in a call with guidance, which few-step models have not, and for a teacher of other latents
+    or another context.
     """
 
     strength: float = 4.0
@@ -52,9 +53,12 @@ class TeacherFirst(Method):
     def of_teacher(self, velocity: GuidedVelocity, x: Tensor) -> GuidedVelocity:
         """The teacher's guided velocity, for the prompt and references of the student's."""
         teacher = load(self.teacher, str(x.device), velocity.transformer.module.image_in.weight.dtype)
-        if teacher.config.latent_channels != x.shape[1]:
-            raise ValueError(f"the teacher {self.teacher} makes latents of {teacher.config.latent_channels} channels, "
-                             f"this model of {x.shape[1]}: give the model that it was distilled from")
+        student = velocity.transformer.module.config
+        for name in ("latent_channels", "context_dim", "pooled_dim"):
+            its, wanted = getattr(teacher.config, name), getattr(student, name)
+            if its != wanted:
+                raise ValueError(f"the teacher {self.teacher} has {name} {its}, this model {wanted}: give the model "
+                                 "that this one was distilled from, TeacherFirst(teacher=…)")
         guidance = teacher.defaults.guidance if self.weight is None else self.weight
         weight = teacher._classifier_free(guidance=guidance, true_guidance=None, negative_prompt=None, skip=None)
         empty = None if weight is None else teacher.text("")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scenes import scenes_of
 
-from benchmarks.paper import measures
+from benchmarks.paper import embedding, measures
 from benchmarks.paper.embedding import Embedding
 from repulsion import vendi_score
 from tiny.drawing import wrong_pixels
@@ -80,12 +80,20 @@ def test_kid_is_the_unbiased_sum_over_pairs():
 
 
 def test_kid_of_one_world_is_small_and_of_two_is_not():
-    embedding = Embedding.load()
-    one, two = (embedding(render(scenes_of(300, seed=s), seed=s)).double() for s in (5, 6))
+    embed = Embedding.load()
+    one, two = (embed(render(scenes_of(300, seed=s), seed=s)).double() for s in (5, 6))
     circles = [s for s in scenes_of(3000, seed=7) if len(s.things) == 1 and s.things[0].shape == "circle"][:200]
     same = measures.kernel_distance(one, two)
-    different = measures.kernel_distance(one, embedding(render(circles)).double())
+    different = measures.kernel_distance(one, embed(render(circles)).double())
     assert abs(same) < 0.1 and different > 10 * abs(same)
+
+
+def test_the_embedding_can_be_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "FILE", tmp_path / "embedding.pt")
+    embedding.main(steps=2, file=embedding.FILE)
+    vectors = Embedding.load()(render(scenes_of(500, seed=8)))
+    # over renders each number has mean 0 and deviation 1, up to 500 samples' error and the rounding to 16 bits
+    assert vectors.mean(0).abs().max() < 0.3 and (vectors.std(0) - 1).abs().max() < 0.3
 
 
 def normal(*shape, seed=1):

@@ -1,10 +1,13 @@
 """The η that a strength comes to, and the proposal."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import tune
 from repulsion import Repulsion, repel
+from sampler import Pipeline
 
 
 def tokens(seed=0, groups=1):
@@ -71,3 +74,25 @@ def test_the_program_proposes_and_shows(capsys, monkeypatch, tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["base.png", "strength-0.5.png", "summary.json"]
     monkeypatch.setattr("sys.argv", ["tune", "--blocks", "0-99"])
     assert tune.main() == 2 and "blocks end at 7" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["tune", "--images", "1"])
+    assert tune.main() == 2 and "--images must be at least 2" in capsys.readouterr().err
+
+
+def test_steps_take_the_place_of_a_noise_level(monkeypatch, tmp_path):
+    class Found(Exception):
+        pass
+
+    def painted(pipeline, repulsion, *_):
+        if repulsion:
+            raise Found(repulsion)
+        return {"vendi": 1.0, "adherence": None, "scales": [], "sheet": None}
+
+    turbo = Pipeline.load("tiny-turbo")
+    turbo.defaults = replace(turbo.defaults, repulsion=Repulsion(0.5, until=0.95))  # as FLUX.2-klein has it
+    monkeypatch.setattr(tune.Pipeline, "load", lambda *_, **__: turbo)
+    monkeypatch.setattr(tune, "paint", painted)
+    monkeypatch.setattr("sys.argv", ["tune", "--steps", "3", "--out", str(tmp_path / "out")])
+    with pytest.raises(Found) as found:
+        tune.main()
+    (settings,) = found.value.args
+    assert (settings.steps, settings.until, settings.iterations) == (3, None, 1)

@@ -18,7 +18,9 @@ from test_repulsion_in_model import (
 )
 
 from mmdit import Autoencoder, AutoencoderConfig, ClipConfig, ClipTextEncoder, T5Config, T5Encoder, trace
-from sampler.parts import stream_blocks
+from mmdit.layers import Modulation
+from repulsion import Repulsion
+from sampler.parts import compile_blocks, stream_blocks
 
 both_families = pytest.mark.parametrize("config", [ROPE, TABLE], ids=["rope", "table"])
 CLIP = ClipConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, max_positions=10,
@@ -194,6 +196,22 @@ def test_each_pass_is_a_dict_of_its_own_and_skipped_blocks_are_missing():
         model(**inputs, skip_layers=(1,))
     assert "dual.1.image.out" in passes[0] and "dual.1.image.out" not in passes[1]
     assert torch.equal(passes[0]["dual.0.image.out"], passes[1]["dual.0.image.out"])
+
+
+def test_compiled_blocks_and_float8_modulations_have_the_same_names(monkeypatch):
+    model, inputs = model_of(ROPE), inputs_for(ROPE)
+    with trace(model) as wanted:
+        model(**inputs, repulsion=Repulsion(0.1))
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)  # what is compiled is not recorded
+    compile_blocks(model)
+    for block in (*model.dual_blocks, *model.single_blocks):
+        for layer in block.modules():
+            if isinstance(layer, Modulation):
+                layer.__class__ = type("Narrow", (Modulation,), {})
+    with trace(model) as found:
+        model(**inputs, repulsion=Repulsion(0.1))
+    assert [*found[0]] == [*wanted[0]]
+    assert any(name.endswith("repulsion.out") for name in found[0])
 
 
 def test_blocks_that_visit_the_device_are_seen_at_their_places():

@@ -16,7 +16,8 @@ def test_settings_cannot_be_changed_in_passing():
 @pytest.mark.parametrize("field,value", [
     ("scale", -1.0), ("iterations", 0), ("steps", -1), ("start", -1), ("blocks", "some"), ("blocks", (-1,)),
     ("single_stream_tokens", "image"), ("branches", "both"), ("objective", "x"), ("kernel_reg", -1.0), ("solver", "x"),
-    ("strength", 1.0), ("steps", 1.5), ("until", 1.5), ("until", -0.1), ("until", float("nan")),
+    ("strength", 1.0), ("steps", 1.5), ("iterations", 2.0), ("blocks", 0), ("until", 1.5), ("until", -0.1),
+    ("until", float("nan")),
 ])  # fmt: skip
 def test_every_bad_field_is_named(field, value):
     with pytest.raises(ValueError, match=field):
@@ -93,9 +94,3 @@ def test_a_single_stream_block_pushes_its_part_of_the_sequence(tokens, part):
 def test_single_stream_blocks_can_be_left_out():
     repulsion = Repulsion(1.0, single_stream_tokens="none")
     assert repulsion.bind(0, 4, num_context=3) is None and repulsion.bind(0, 4) is not None
-
-
-@pytest.mark.parametrize("gone", ["diversity", "site", "tokens"])
-def test_settings_of_earlier_versions_are_refused_by_name(gone):
-    with pytest.raises(TypeError, match=gone):
-        Repulsion(1.0, **{gone: "x"})

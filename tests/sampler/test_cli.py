@@ -130,12 +130,16 @@ def test_every_option_reaches_the_settings():
             assert (found.iterations, found.steps, found.blocks, found.branches) == (4, 5, (0, 1, 2, 7), "conditional")
 
 
-def test_without_a_default_a_strength_is_asked_for_and_an_old_diversity_is_explained():
-    parse = options.parser().parse_args
+def test_a_strength_is_one_gradient_step_unless_more_are_asked_for():
+    published, parse = Repulsion(scale=5e8, iterations=50), options.parser().parse_args
+    assert program.settings(parse(["p", "--strength", "0.5"]), published) == Repulsion(strength=0.5)
+    assert program.settings(parse(["p", "--strength", "0.5", "--iterations", "9"]), published).iterations == 9
+    assert program.settings(parse(["p", "--scale", "1e8"]), published) == Repulsion(scale=1e8, iterations=50)
+
+
+def test_without_a_default_a_strength_is_asked_for():
     with pytest.raises(ValueError, match="no default repulsion: say --strength, for example 0.5"):
-        program.settings(parse(["p"]), None)
-    with pytest.raises(ValueError, match="--diversity no longer exists, --strength took its place"):
-        program.settings(parse(["p", "--diversity", "0.3"]), Repulsion(1.0))
+        program.settings(options.parser().parse_args(["p"]), None)
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -167,14 +167,14 @@ def test_out_of_memory_is_a_sentence(allocate, amount, call, pipeline, tmp_path,
     monkeypatch.setattr(pipeline.autoencoder, "decode", lambda latent: allocate())
     assert call(*QUICK) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == (f"error: out of memory at {amount}: try fewer --images, a smaller --height and --width, --dtype "
-                     "bfloat16, or --offload parts or blocks")
+    assert error == (f"error: out of memory at {amount}: try fewer or smaller pictures, or, where this program "
+                     "has them, --dtype bfloat16 and --offload parts or blocks")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error,said", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of"),
-     "out of memory at 20.00 GiB: try fewer --images"),
+     "out of memory at 20.00 GiB: try fewer"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 1.50 GB on private pool."),
      "out of memory at 1.50 GB: try"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to "
@@ -183,7 +183,7 @@ def test_out_of_memory_is_a_sentence(allocate, amount, call, pipeline, tmp_path,
     (MemoryError(), "out of memory: try"),
     (TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."),
      "the device mps cannot compute this (Cannot convert a MPS Tensor to float64 dtype"),
-    (ValueError("as it is"), "as it is"),
+    (ValueError("4,719,576 of 9,439,152 bytes"), "4,719,576 of 9,439,152 bytes"),
 ])  # fmt: skip
 def test_errors_of_torch_become_sentences(error, said):
     assert sentence(error).startswith(said)

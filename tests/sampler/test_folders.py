@@ -113,7 +113,7 @@ def test_overwrite_replaces_nothing_that_is_not_ours(tmp_path, theirs):
         elif theirs == "link inside":
             (target / "repelled-01.png").symlink_to(elsewhere / "base.png")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="choose another --out"), whole_folder(target, overwrite=True):
+    with pytest.raises(FileExistsError, match="choose another folder"), whole_folder(target, overwrite=True):
         pytest.fail("it was claimed")
     assert contents(tmp_path) == before
 
@@ -144,7 +144,7 @@ def test_where_nothing_can_be_written_is_said_at_once(tmp_path, monkeypatch, pla
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     for numbered in (False, True):
-        with pytest.raises(OSError, match=r"a cannot be written \(.*\): choose another --out"), \
+        with pytest.raises(OSError, match=r"a cannot be written \(.*\): choose another folder"), \
              whole_folder(Path(place), numbered=numbered):
             pytest.fail("it was claimed")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -124,6 +124,8 @@ def test_other_sizes_come_out_at_their_size(pipeline):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_paints_nearly_the_same(pipeline, dtype):
     half = Pipeline.load("tiny-sd3", dtype=dtype)
+    dtypes = {name: next(part.module.parameters()).dtype for name, (_, part) in half.text.encoders.items()}
+    assert dtypes == {"clip_l": dtype, "clip_g": dtype, "t5": torch.bfloat16}
     difference = np.abs(pixels(half("a circle", 2, steps=8)) - pixels(pipeline("a circle", 2, steps=8)))
     # bfloat16 keeps 8 bits: about 1 % of the range on average after 8 steps (float16: T5 alone is bfloat16)
     assert difference.mean() < 4
@@ -136,6 +138,7 @@ def test_pixels_are_rounded_and_clipped():
 
 @pytest.mark.parametrize("call,message", [
     ({"prompt": ""}, "the prompt is empty"), ({"prompt": "  \n"}, "the prompt is empty"),
+    ({"prompt": ["a star"]}, "the prompt must be one text, got a list"),
     ({"images": 0}, "images must be at least 1, got 0"), ({"steps": 0}, "steps must be at least 1"),
     ({"height": 60}, "height 60 is no multiple of 16: the nearest that works is 64"),
     ({"width": -8}, "width -8 is no multiple of 16"), ({"guidance": -1.0}, "guidance must be"),

@@ -133,6 +133,10 @@ def test_when_memory_is_short_text_encoders_are_read_once_for_all_prompts(prompt
     ('{"prompt": "a star", "seed": true}', "line 1: argument --seed: invalid int value: 'True'"),
     ('{"prompt": "a star", "strength": -1}', "line 1: repulsion strength must be a finite number"),
     ('{"prompt": "a star", "blocks": "40"}', "line 1: repulsion in block 40"),
+    ('a star\n{"prompt": "a star", "height": 100}', "line 2: height 100 is no multiple of 16"),
+    ('{"prompt": "a star", "steps": 0}', "line 1: steps must be at least 1"),
+    ('{"prompt": "a star", "method": "interval"}', "line 1: IntervalGuidance needs guidance to limit"),
+    ('{"prompt": "a star", "image": ["none.png"]}', "line 1: --image none.png is no picture"),
     ("a star\n" + "a circle and " * 20, "line 2: the prompt has"),
     ("\n \n", "file.txt holds no prompt: write one a line"),
     (b"\xff\xfe", "--prompts file.txt cannot be read"),
@@ -161,9 +165,11 @@ def test_a_folder_of_other_settings_or_of_someone_else_is_left_alone(call, promp
 
 def test_options_of_a_line_take_the_place_of_those_of_the_command_line():
     command = options.parser().parse_args(["--prompts", "x", "--seed", "4", "--strength", "2", "--model", "m"])
-    found = options.options_of({"prompt": "--seed", "seed": -1, "image": ["a.png", "b c.png"], "steps": None}, command)
+    found = options.options_of({"prompt": "--seed", "seed": -1, "image": ["a.png", "b c.png"], "steps": None,
+                                "skip_layers": [7, 8, 9], "blocks": [0, 1]}, command)
     assert (found.prompt, found.seed, found.strength, found.model) == ("--seed", -1, 2, "m")
     assert found.image == [Path("a.png"), Path("b c.png")] and found.steps is None
+    assert (found.skip_layers, found.blocks) == ((7, 8, 9), (0, 1))  # as summary.json has them
 
 
 @pytest.mark.parametrize("arguments", [["a star", "--prompts", "file"], []])

@@ -65,7 +65,7 @@ def test_the_table_lines_up():
     columns = [{"vendi": 1.0, "adherence": 1.0, "attributes": {"color": {"red": 8}}, "well_drawn": 8, "seconds": 1.5},
                {"vendi": 3.25, "adherence": 0.5, "attributes": {"color": {"red": 4, "blue": 4}}, "well_drawn": 7,
                 "seconds": 1.6}]
-    lines = table(*columns, images=8).splitlines()
+    lines = table(dict(zip(("typical", "repelled"), columns, strict=True)), images=8).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["", "Vendi score (1 to 8)", "adherence", "well drawn", "color",
                                                        "seconds"]
     at = lines[0].index("repelled")

@@ -415,8 +415,12 @@ def test_the_teachers_steps_are_eulers_along_the_first_interval(pipeline):
 def test_a_teacher_that_does_not_fit_is_named(tmp_path_factory):
     folder = tmp_path_factory.mktemp("klein") / "klein"
     small = saved(klein(), folder)[1]
-    with pytest.raises(ValueError, match="the teacher tiny-sd3 makes latents of 16 channels, this model of 32"):
+    with pytest.raises(ValueError, match="the teacher tiny-sd3 has latent_channels 16, this model 32: give the model"):
         small("a cat", 1, steps=1, height=64, width=64, method=TeacherFirst())
+    other = Pipeline.load("tiny-turbo")
+    other.parts["transformer"].module.config = replace(other.config, context_dim=4096)  # as schnell beside tiny-sd3
+    with pytest.raises(ValueError, match="the teacher tiny-sd3 has context_dim 128, this model 4096: give the model"):
+        other("a cat", 1, method=TeacherFirst())
 
 
 # ---- models as large ones are made: FLUX.2, with a reference, without and with guidance

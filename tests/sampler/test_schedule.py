@@ -119,6 +119,15 @@ def test_a_scheduler_config_that_is_not_honored_is_refused(config, message):
         Schedule.from_hub(config, "flux")
 
 
+def test_a_shift_that_is_given_holds_for_pictures_of_any_size():
+    assert torch.equal(sigmas(4, shift=3.0, image_tokens=4096), sigmas(4, shift=3.0))
+    assert not torch.equal(sigmas(4, image_tokens=4096), sigmas(4))
+
+
+def test_one_step_goes_all_the_way_whatever_the_terminal_level():
+    assert Schedule("flux", shift=3.0, shift_terminal=0.1).sigmas(1).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("call,message", [
     ({"steps": 0}, "steps must be at least 1, got 0"), ({"steps": 4, "shift": 0.0}, "shift must be"),
     ({"steps": 4, "shift": math.inf}, "shift must be"), ({"steps": 4, "spacing": "karras"}, '"flux2" or "sd3"'),

@@ -8,6 +8,7 @@ from small_pipelines import assert_other_pictures, assert_same_pictures, saved, 
 from mmdit import MMDiT
 from repulsion import Repulsion
 from sampler import SkipLayerGuidance, starting_noise
+from sampler.methods import IntervalGuidance
 
 PROMPT, SIZE = "a red circle and a star", {"height": 32, "width": 48}
 NOISE = starting_noise(1, 2, (16, 8, 12))  # 32 × 48 pixels at a quarter
@@ -97,6 +98,9 @@ def test_the_third_branch_repels_like_the_conditional_one(medium, monkeypatch):
     both, skipped = (4, push, 2, ()), (2, push, 1, (1, 2))
     calm, calm_skipped = (4, None, 2, ()), (2, None, 1, (1, 2))
     assert calls == [both, both, skipped, calm, calm_skipped, calm, calm, calm]
+    calls.clear()
+    our_pictures(medium, skip_layer_guidance=SKIP, method=IntervalGuidance(1.0))
+    assert calls == [(2, None, 1, ())] * 6  # without guidance the prompt alone
 
 
 def test_it_acts_in_the_steps_that_the_original_takes():

@@ -222,3 +222,12 @@ def test_wrong_parts_are_named(originals):
     ]:
         with pytest.raises(error, match=message):
             Pipeline.load(**parts | change)
+
+
+def test_an_autoencoder_of_another_family_is_refused(originals, tmp_path):
+    family, folder = originals
+    other = {"flux": "sd3", "sd3": "flux"}[family]  # as wide, but other latents
+    model = Autoencoder(AutoencoderConfig(channels=(32, 32, 32), blocks_per_level=1, **LATENTS[other]))
+    weights.save_autoencoder(model, tmp_path / "vae", "hub")
+    with pytest.raises(ValueError, match=f"vae is an autoencoder of {other}, but the transformer .* is of {family}"):
+        Pipeline.load(**parts_of(family, folder) | {"autoencoder": tmp_path / "vae"})
