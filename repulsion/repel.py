@@ -85,7 +85,7 @@ def gram_matrix(c: Tensor) -> np.ndarray:
     gram = torch.zeros(len(c), c.shape[1], c.shape[1], dtype=torch.float64, device=c.device)
     for source in chunks(c):
         wide = source.flatten(2).double()
-        gram.baddbmm_(wide, wide.mT)
+        gram += wide @ wide.mT
     return gram.numpy(force=True)
 
 
