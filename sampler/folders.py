@@ -69,6 +69,8 @@ def take(target: Path, overwrite: bool, ours: str) -> Claim | None:
         work.mkdir(parents=True, exist_ok=True)
         lock = hold(work)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not (work.is_file() or work.is_symlink()):
+            return take(target, overwrite, ours)  # a run that finished in this moment has renamed it
         raise OSError(f"{target} cannot be written ({error.strerror}): choose another folder") from error
     if lock is None:
         return None

@@ -232,6 +232,19 @@ for line in sys.stdin:  # as soon as the other process is told
 """
 
 
+def test_a_run_that_finishes_while_another_makes_the_folder_is_seen(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def too_late(self, *args, **settings):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        mkdir(tmp_path / "a")  # the hidden folder of the other run has its name now
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(Path, "mkdir", too_late)
+    with pytest.raises(FileExistsError, match="exists already"), whole_folder(tmp_path / "a"):
+        pass
+
+
 @pytest.mark.parametrize("numbered", ["no", "yes", "over"])
 def test_fifty_races_of_two_processes_for_one_name_lose_nothing(tmp_path, numbered):
     racers = [child(RACE), child(RACE)]
