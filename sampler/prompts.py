@@ -103,7 +103,8 @@ def read(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, Group]:
             continue
         try:
             options = options_of(json.loads(line) if line.startswith("{") else {"prompt": line}, args)
-            pipeline.text.check_length(options.prompt)
+            for words in filter(None, (options.prompt, options.negative)):
+                pipeline.text.check_length(words)
             group = groups[f"{number:05d}-{output.folder_name(options.prompt)}"] = prepare(pipeline, options)
             pictures = group.open_references()
             for ways in group.batches.values():

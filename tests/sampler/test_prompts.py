@@ -137,6 +137,7 @@ def test_when_memory_is_short_text_encoders_are_read_once_for_all_prompts(prompt
     ('{"prompt": "a star", "steps": 0}', "line 1: steps must be at least 1"),
     ('{"prompt": "a star", "method": "interval"}', "line 1: IntervalGuidance needs guidance to limit"),
     ('{"prompt": "a star", "image": ["none.png"]}', "line 1: --image none.png is no picture"),
+    ('{"prompt": "a star", "negative": "' + "a circle and " * 20 + '"}', "line 1: the prompt has"),
     ("a star\n" + "a circle and " * 20, "line 2: the prompt has"),
     ("\n \n", "file.txt holds no prompt: write one a line"),
     (b"\xff\xfe", "--prompts file.txt cannot be read"),
