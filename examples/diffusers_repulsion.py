@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e . diffusers transformers accelerate protobuf
 
-    with repelling(pipe, Repulsion(strength=1.0, steps=4)):
+    with repelling(pipe, Repulsion(strength=0.5, steps=4)):  # s, τ: about a fifth of the steps; of four steps one
         pictures = pipe("a cat", num_images_per_prompt=8).images
 
 The tokens are those that mmdit/attention.py and mmdit/blocks.py push. In diffusers' blocks they are,

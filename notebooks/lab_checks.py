@@ -25,7 +25,6 @@ def mix(answer):
 @check
 def guided(answer):
     u, c = torch.randn(2, 3, 4)
-    need(answer(u, c, 1.0) is not None, "replace None in your line")
     need(close(answer(u, c, 1.0), c) and close(answer(u, c, 0.0), u), "w = 1 has to give c, and w = 0 has to give u")
     need(close(answer(u, c, 3.0), 3 * c - 2 * u), "w > 1 goes on in the same direction, beyond c")
 
@@ -33,7 +32,6 @@ def guided(answer):
 @check
 def euler(answer):
     noise, levels = torch.randn(2, 3), torch.tensor([1.0, 0.7, 0.2, 0.0])
-    need(answer(lambda x, sigma: x, noise, levels) is not None, "replace None in your line")
     need(close(answer(lambda x, sigma: torch.ones(2, 3), noise, levels), noise - 1),
          "with the velocity 1 the result has to be the noise minus 1: the step is (next level − level) times v")
     wanted = denoise(lambda x, sigma, step: x * sigma, noise, levels)
@@ -44,7 +42,6 @@ def euler(answer):
 @check
 def entropy_gradient(answer):
     one, c = torch.ones(1, 5, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64) + 1
-    need(answer(c) is not None, "replace None in both lines")
     need(answer(c).shape == c.shape, f"the gradient has the shape of c, {tuple(c.shape)}, not {tuple(answer(c).shape)}")
     need(answer(one).norm() < 1e-9, "the gradient of a group of one must be zero: subtract the part along u, Σ W K u")
     with torch.enable_grad():
@@ -98,7 +95,6 @@ def choose_strength(answer):
     )
     for table, wanted, why in tables:
         found = answer(table)
-        need(found is not None, "return one of the strengths")
         need(found == wanted, f"from {table} (strength: Vendi score, adherence) you take {found}, not {wanted}: {why}")
 
 
@@ -113,7 +109,6 @@ class TwoOutputs(torch.nn.Module):
 def repel_in(answer):
     module, image, context = TwoOutputs(), torch.randn(2, 4, 6), torch.randn(2, 3, 6)
     handle = answer(module, lambda tokens: tokens + 1)
-    need(hasattr(handle, "remove"), "return the handle, so that the hook can be removed")
     found = module(image, context)
     need(isinstance(found, tuple) and len(found) == 2, "the hook has to return two things: image and context")
     need(not close(found[0], 2 * image + 1), "the image is pushed: diffusers returns it first, the context second")

@@ -1,4 +1,4 @@
-// The page's figures, as SVG: the Gram matrix, its spectrum, and the Vendi score along a run.
+// The page's figures, as SVG: the kernel, its spectrum, and the Vendi score along a run.
 
 /** As in .72, −.05, 1.00. */
 export const number = (x, digits) => x.toFixed(digits).replace("-", "−").replace(/^(−?)0/, "$1");
