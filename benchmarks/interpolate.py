@@ -40,32 +40,24 @@ def between(h: Tensor, alphas: tuple[float, ...], groups: int = 1) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ContextInterpolation:
-    """Eq. 5 in the contextual space; used in place of a `Repulsion`, for alphas + 2 images.
+class ContextInterpolation(Repulsion):
+    """Eq. 5 in the contextual space, in the steps and blocks of a `Repulsion`, for alphas + 2 images.
 
     All samples start from the source's noise but the last, which starts from the target's. h is what a `Repulsion`
     pushes, in a single-stream block the context tokens; h_src and h_tgt are those of the two last samples, which are
     not changed.
 
     alphas: one for each sample but the two last
-    where: the steps and blocks; nothing else of it matters
     """
 
-    alphas: tuple[float, ...]
-    where: Repulsion
-
-    def acts_at(self, step: int, sigma: float) -> bool:
-        return self.where.acts_at(step, sigma)
-
-    def check_blocks(self, num_blocks: int) -> None:
-        self.where.check_blocks(num_blocks)
+    alphas: tuple[float, ...] = ()
 
     def bind(self, block: int, num_blocks: int, groups: int = 1,
              num_context: int | None = None) -> Callable[[Tensor], Tensor] | None:
         def move(tokens: Tensor) -> Tensor:
             return torch.cat([between(tokens[:, :num_context], self.alphas, groups), tokens[:, num_context:]], dim=1)
 
-        if not self.where.acts_in(block, num_blocks):
+        if not self.acts_in(block, num_blocks):
             return None
         return move if num_context is not None else partial(between, alphas=self.alphas, groups=groups)
 
@@ -99,7 +91,7 @@ def interpolate(pipeline: Pipeline, prompt: str, source_seed: int, target_seed: 
                       for seed in (source_seed, target_seed))
     noise = torch.cat([source.expand(len(alphas) + 1, -1, -1, -1), target])
     count, line = len(noise), LatentInterpolation(alphas=alphas, steps=where.steps)
-    ways = {"contextual space": {"noise": noise, "repulsion": ContextInterpolation(alphas, where)},
+    ways = {"contextual space": {"noise": noise, "repulsion": ContextInterpolation(**vars(where), alphas=alphas)},
             "latent space": {"noise": between(noise, alphas), "method": line}}
     return {name: pipeline(prompt, count, steps=steps, **way, progress=name if progress else None)[:-2]
             for name, way in ways.items()}

@@ -6,14 +6,15 @@ share is the median of the paired ratios. `--peak` adds the peak memory of the m
 
 import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
 from repulsion import Repulsion
-from sampler import Pipeline
+
+from .paper.plan import of_fields, pipeline_of
+from .paper.run import costs
 
 
 def settings(own: Repulsion) -> dict[str, Repulsion]:
@@ -23,31 +24,18 @@ def settings(own: Repulsion) -> dict[str, Repulsion]:
             "M = 100 in four steps": replace(paper, iterations=100, steps=4)}
 
 
-def paired(pipeline: Pipeline, images: int, runs: int, repulsion: Repulsion) -> tuple[float, float]:
-    """Median seconds without repulsion, and the median of the paired ratios less 1."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for run in range(runs + 1):
-        for repelled, found in times.items():
-            start = time.perf_counter()
-            pipeline("a circle", images, seed=run, repulsion=repulsion if repelled else None)
-            if run:  # the first warms up
-                found.append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    return statistics.median(times[False]), statistics.median(ratios) - 1
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-sd3")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--peak", action="store_true", help="run the main job too: its time and peak memory")
     args = parser.parse_args()
-    pipeline = Pipeline.load(args.model)
+    measured = settings(pipeline_of(args.model).defaults.repulsion)
     print("| repulsion | images | without | with it |\n|---|---|---|---|")
-    for name, repulsion in settings(pipeline.defaults.repulsion).items():
-        for images in (4, 8):
-            base, share = paired(pipeline, images, args.runs, repulsion)
-            print(f"| {name} | {images} | {base:.2f} s | {share:+.1%} |", flush=True)
+    for images in (4, 8):
+        rows = costs(args.model, [of_fields(repulsion) for repulsion in measured.values()], args.runs, images)
+        for name, row in zip(measured, rows, strict=True):
+            print(f"| {name} | {images} | {row['base_ms'] / 1000:.2f} s | {row['ratio'] - 1:+.1%} |", flush=True)
     if args.peak:
         start = time.perf_counter()
         command = [sys.executable, "-m", "sampler", "a circle", "--model", args.model, "--out", "outputs/benchmark",

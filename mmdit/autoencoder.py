@@ -121,39 +121,17 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, the first of which changes the width; (b, c_in, y, x) -> (b, c_out, y, x)."""
+    """Residual blocks, the first of which changes the width, then a change of resolution, but for the last level:
+    (b, c_in, y, x) -> (b, c_out, y/2, x/2), or 2y and 2x in the decoder."""
 
-    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int):
+    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int, resample: nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * num_blocks
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, norm_groups) for a, b in pairwise(widths))
+        self.blocks = nn.Sequential(*(ResidualBlock(a, b, norm_groups) for a, b in pairwise(widths)))
+        self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class EncoderLevel(Level):
-    """A level, then half the resolution unless it is the last."""
-
-    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int, is_last: bool):
-        super().__init__(c_in, c_out, num_blocks, norm_groups)
-        self.down = nn.Identity() if is_last else Downsample(c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(super().forward(x))
-
-
-class DecoderLevel(Level):
-    """A level, then twice the resolution unless it is the last."""
-
-    def __init__(self, c_in: int, c_out: int, num_blocks: int, norm_groups: int, is_last: bool):
-        super().__init__(c_in, c_out, num_blocks, norm_groups)
-        self.up = nn.Identity() if is_last else Upsample(c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(super().forward(x))
+        return self.resample(self.blocks(x))
 
 
 class Encoder(nn.Module):
@@ -163,20 +141,17 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.channels, config.norm_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(
-            EncoderLevel(c_in, c_out, config.blocks_per_level, groups, is_last=level == len(widths) - 1)
-            for level, (c_in, c_out) in enumerate(pairwise(widths[:1] + widths))
-        )
+        down = [*map(Downsample, widths[:-1]), nn.Identity()]
+        self.levels = nn.Sequential(*(Level(*sizes, config.blocks_per_level, groups, resample)
+                                      for sizes, resample in zip(pairwise(widths[:1] + widths), down, strict=True)))
         self.middle = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
         self.latent_conv = latent_conv(2 * config.latent_channels, config)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.conv_in(image)
-        for level in self.levels:
-            x = level(x)
-        return self.latent_conv(self.conv_out(F.silu(self.norm_out(self.middle(x)))))
+        x = self.middle(self.levels(self.conv_in(image)))
+        return self.latent_conv(self.conv_out(F.silu(self.norm_out(x))))
 
 
 class Decoder(nn.Module):
@@ -188,17 +163,14 @@ class Decoder(nn.Module):
         self.latent_conv = latent_conv(config.latent_channels, config)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0], groups)
-        self.levels = nn.ModuleList(
-            DecoderLevel(c_in, c_out, config.blocks_per_level + 1, groups, is_last=level == len(widths) - 1)
-            for level, (c_in, c_out) in enumerate(pairwise(widths[:1] + widths))
-        )
+        up = [*map(Upsample, widths[:-1]), nn.Identity()]
+        self.levels = nn.Sequential(*(Level(*sizes, config.blocks_per_level + 1, groups, resample)
+                                      for sizes, resample in zip(pairwise(widths[:1] + widths), up, strict=True)))
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(self.latent_conv(latent)))
-        for level in self.levels:
-            x = level(x)
+        x = self.levels(self.middle(self.conv_in(self.latent_conv(latent))))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

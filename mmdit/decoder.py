@@ -67,16 +67,13 @@ class DecoderAttention(nn.Module):
         self.k = nn.Linear(config.hidden_size, shared, bias=False)
         self.v = nn.Linear(config.hidden_size, shared, bias=False)
         self.out = nn.Linear(inner, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, visible: Tensor) -> Tensor:
         q, k, v = (rearrange(part(x), "b n (h k) -> b h n k", k=self.config.head_dim)
                    for part in (self.q, self.k, self.v))
-        if self.config.qk_norm:
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k = rotate_halves(q, rotation), rotate_halves(k, rotation)
+        q, k = rotate_halves(self.norm_q(q), rotation), rotate_halves(self.norm_k(k), rotation)
         k, v = (repeat(part, "b h n k -> b (h group) n k", group=q.shape[1] // part.shape[1]) for part in (k, v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = x.masked_fill(~visible.any(dim=-1, keepdim=True), 0)  # a token that sees none, whatever the kernel returns

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def grid_positions(index: int, rows: int, columns: int, axes: int = 3) -> Tensor:
-    """(index, row, column) of each patch of a rows × columns grid, row by row: (m, 3) float64 on the CPU.
+    """(index, row, column) of each patch of a rows × columns grid, row by row: (m, axes) float64 on the CPU.
 
     The image has index 0; Kontext's reference picture has 1, those of FLUX.2 have 10, 20, … On the fourth of FLUX.2's
     four axes, the text's, every patch is at 0.

@@ -47,9 +47,6 @@ class Run(SimpleNamespace):
             raise ValueError("a kit of this checkpoint needs at least 2 images, which repel each other, at least "
                              f"{r.start + 1} steps, since repulsion starts after {r.start}, and one of the objectives "
                              f"{', '.join(OBJECTIVES)}: got {images}, {call['steps']} and {r.objective}")
-        if pipeline.schedule.shift_terminal or pipeline.schedule.time_shift_type != "exponential":
-            raise ValueError("a kit has no formula for a schedule with shift_terminal or time_shift_type linear, which "
-                             "no public checkpoint has: take these out of scheduler_config.json")
         configs = {role: stored.config for role, stored in networks(model).items()}
         config, sd3 = configs["transformer"], text.family == "sd3"
         guided = not config.guidance_embedding and (call["guidance"] or 0) > 1

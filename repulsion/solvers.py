@@ -1,5 +1,7 @@
 """Two ways to climb the diversity of a group: the paper's loop over the tokens, and the same loop on B × B matrices."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,8 +13,8 @@ PARALLEL = 1e-14  # samples whose cosine is this close to 1 are equal as far as 
 
 
 @np.errstate(all="ignore")  # a push out of range is reported by the caller
-def mixing_matrix(gram: np.ndarray, strength: float | None, scale: float | None, iterations: int, objective: str,
-                  reg: float) -> tuple[np.ndarray, float]:
+def mixing_matrix(gram: np.ndarray, strength: float | None, scale: float | None, iterations: int,
+                  objective: str | Callable, reg: float) -> tuple[np.ndarray, float]:
     """M steps of Eq. 2 in Gram space: gram (g, B, B) float64, G = C Cᵀ → E (g, B, B) with C_M = C + E C, and the
     largest norm of a sample of C_M (infinity where float64 does not hold it).
 
@@ -35,8 +37,8 @@ def mixing_matrix(gram: np.ndarray, strength: float | None, scale: float | None,
     return mixing, np.sqrt(np.diagonal(now, axis1=-2, axis2=-1).max())
 
 
-def gradient_matrix(gram: np.ndarray, objective: str, reg: float) -> np.ndarray:
-    """D with ∂H/∂c_i = Σ_j D_ij c_j: gram (g, B, B) → (g, B, B).
+def gradient_matrix(gram: np.ndarray, objective: str | Callable, reg: float) -> np.ndarray:
+    """D with ∂H/∂c_i = Σ_j D_ij c_j: gram (g, B, B) → (g, B, B). `objective`: a name, or f′ (`objectives`).
 
     With r_i = |c_i|⁻¹, K_ij = r_i r_j G_ij and W = ∂H/∂K, the chain rule through the cosine gives
     ∂H/∂c_i = 2 r_i Σ_j W_ij (r_j c_j − K_ij r_i c_i). W_ii is 0, since K_ii is 1 whatever c_i is. W_ij of a pair that
@@ -51,7 +53,8 @@ def gradient_matrix(gram: np.ndarray, objective: str, reg: float) -> np.ndarray:
     outer = r[..., :, None] * r[..., None, :]
     kernel = gram * outer
     kernel[..., diagonal, diagonal] = 1
-    w = OBJECTIVES[objective][1](density_matrix(kernel, identity, reg)) * (kernel < 1 - PARALLEL) / (b * (1 + reg))
+    derivative = OBJECTIVES[objective][1] if isinstance(objective, str) else objective
+    w = derivative(density_matrix(kernel, identity, reg)) * (kernel < 1 - PARALLEL) / (b * (1 + reg))
     d = 2 * outer * w
     d[..., diagonal, diagonal] = -2 * r * r * (w * kernel).sum(-1)
     return d

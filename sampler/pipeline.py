@@ -171,7 +171,7 @@ class Pipeline:
 
         with self.parts["transformer"].used():
             velocity = GuidedVelocity(
-                transformer=self.parts["transformer"], condition=method.condition(condition, seed),
+                transformer=self.parts["transformer"], condition=condition,
                 steps=len(sigmas) - 1, weight=weight, references=references,
                 distilled=guidance if self.config.guidance_embedding else None,
                 repulsion=repulsion, skip_layers=skip_layer_guidance, seed=seed,

@@ -25,8 +25,7 @@ class Schedule:
     spacing: "flux" and "flux2", times from 1 to 0 in equal parts; "sd3", from 1 to the shifted 1/1000 in equal parts,
     then 0, so that only the end point is shifted twice
     shift: above 0; None: e^μ, where μ runs from base_shift at base_image_seq_len image tokens to max_shift at
-    max_image_seq_len on a line ("exponential"), or μ itself ("linear"); with "flux2", e^μ of `flux2_mu`
-    shift_terminal: the last level above 0, to which all are stretched; None: as it comes
+    max_image_seq_len on a line; with "flux2", that of `flux2_mu`
 
     The names are those of scheduler_config.json. Raises ValueError naming the field that is out of range.
     """
@@ -37,22 +36,18 @@ class Schedule:
     max_shift: float = 1.15
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
-    time_shift_type: Literal["exponential", "linear"] = "exponential"
-    shift_terminal: float | None = None
 
     def __post_init__(self):
-        for name in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal"):
+        for name in ("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
             value = getattr(self, name)
-            if value is None and name in ("shift", "shift_terminal"):
+            if value is None and name == "shift":
                 continue
             if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"the schedule's {name} must be a finite number above 0, got {value!r}")
         if self.spacing not in ("flux", "flux2", "sd3"):
             raise ValueError(f'spacing must be "flux", "flux2" or "sd3", got {self.spacing!r}')
-        if self.time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f'time_shift_type must be "exponential" or "linear", got {self.time_shift_type!r}')
-        if self.base_image_seq_len == self.max_image_seq_len or (self.shift_terminal or 0) >= 1:
-            raise ValueError("base_image_seq_len and max_image_seq_len must differ, and shift_terminal be below 1")
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise ValueError("base_image_seq_len and max_image_seq_len must differ")
 
     @classmethod
     def from_hub(cls, config: Mapping[str, Any], spacing: Literal["flux", "flux2", "sd3"]) -> "Schedule":
@@ -81,8 +76,7 @@ class Schedule:
         if self.spacing == "flux2":
             return math.exp(flux2_mu(image_tokens, steps))
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        mu = self.base_shift + slope * (image_tokens - self.base_image_seq_len)
-        return math.exp(mu) if self.time_shift_type == "exponential" else mu
+        return math.exp(self.base_shift + slope * (image_tokens - self.base_image_seq_len))
 
     def sigmas(self, steps: int, image_tokens: int | None = None) -> Tensor:
         """The noise levels of a run of `steps` for pictures of `image_tokens`, from 1 down to 0: (steps + 1,) float32.
@@ -96,14 +90,13 @@ class Schedule:
             last = shifted(last, shift)
         end = last.item() if self.spacing == "sd3" else 1 / steps
         levels = shifted(torch.linspace(1, end, steps, dtype=torch.float64), shift)
-        if self.shift_terminal is not None and steps > 1:  # a run's first level is 1
-            levels = 1 - (1 - levels) * (1 - self.shift_terminal) / (1 - levels[-1])
         return torch.cat([levels, levels.new_zeros(1)]).float()
 
 
 # Entries of scheduler_config.json under which diffusers takes other levels, and the only value that is supported.
 OTHER_LEVELS = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False,
-                "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+                "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
+                "time_shift_type": "exponential", "shift_terminal": None}
 
 
 def flux2_mu(image_tokens: int, steps: int) -> float:

@@ -44,7 +44,7 @@ def optimizers(modules: dict[str, nn.Module], lr: float, muon_lr: float | None,
     matrices, rest = [], []
     for module in modules.values():
         for name, parameter in module.named_parameters():
-            inner = any(part in name for part in ("blocks.", "layers.", "middle.", ".up.", ".down."))
+            inner = any(part in name for part in ("blocks.", "layers.", "middle.", ".resample."))
             if muon_lr and inner and "modulation" not in name and parameter.ndim in (2, 4):
                 matrices.append(parameter if parameter.ndim == 2 else as_matrix(parameter))
             else:

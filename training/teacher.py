@@ -13,8 +13,6 @@ from mmdit import ClipTextEncoder, ClipTokenizer, T5Encoder, T5Tokenizer
 from sampler.conditioning import sd3_conditioning
 from weights import load_autoencoder, load_text_encoder, load_transformer
 
-from .data import Data, encode
-
 FASTEST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # for inference
 TOKENIZERS = "tokenizer", "tokenizer_2", "tokenizer_3"  # the folders of SD3's three vocabularies
 
@@ -37,7 +35,7 @@ class Teacher(nn.Module):
     def __init__(self, folder: Path, device: str):
         super().__init__()
         where = {"dtype": torch.float32, "device": device}
-        self.folder, self.device = folder, device
+        self.device = device
         clip_l, clip_g, t5 = TOKENIZERS
         self.tokenizers = [ClipTokenizer(folder / clip_l), ClipTokenizer(folder / clip_g), T5Tokenizer(folder / t5)]
         *clips, self.t5 = (trusting(load_text_encoder(folder / f"text_encoder{n}", **where)) for n in ("", "_2", "_3"))
@@ -67,10 +65,6 @@ class Teacher(nn.Module):
             twice = self.transformer(noisy.repeat(2, 1, 1, 1), sigma.repeat(2), *both)
         unconditional, conditional = twice.float().chunk(2)
         return torch.lerp(unconditional, conditional, rearrange(guidance, "b -> b 1 1 1"))
-
-    def latents(self, data: Data, folder: Path) -> Tensor:
-        """The pictures of `data` as normalized latents of the teacher: (count, c, H, W) float16, cached in a file."""
-        return encode(self.autoencoder, data, folder, self.device)
 
 
 class FluxTextEncoders(nn.Module):

@@ -20,7 +20,7 @@ from sampler.parts import compile_blocks
 from tiny.world import SIDE
 from weights import BUNDLED, load_text_encoder, load_transformer
 
-from .data import LENGTH, SHIFT, Data, noised
+from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_flux
 from .loop import batches, options, train
 from .reading import beginner, learn_to_read
@@ -120,8 +120,9 @@ def main() -> None:
     if args.compile:
         for model in (student, teacher.transformer):
             compile_blocks(model, dynamic=False)
-    distill(teacher, encoders, student, data, teacher.latents(data, args.out), args.out, args.steps,
-            args.batch, args.lr, args.minutes, args.shift)
+    latents = encode(teacher.autoencoder, data, args.out, args.device)
+    distill(teacher, encoders, student, data, latents, args.out, args.steps, args.batch, args.lr, args.minutes,
+            args.shift)
     tokenizers = [args.teacher / name for name in ("tokenizer", "tokenizer_3")]
     export_flux(args.out / "checkpoint", tokenizers, encoders.clip, encoders.t5, student, teacher.autoencoder,
                 SAMPLING)

@@ -2,14 +2,13 @@
 
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from mmdit.tokenizers import END, START, clip_tokenizer
 
@@ -25,8 +24,14 @@ def train_clip_tokenizer(
     Follows R. Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016.
     """
     bytes_ = sorted(ByteLevel.alphabet())
-    tokens = bytes_ + [byte + "</w>" for byte in bytes_]
-    merges = _learn_merges(_word_counts(captions), tokens, vocab_size - 2)
+    tokenizer = clip_tokenizer(BPE())
+    tokenizer.train_from_iterator(captions, BpeTrainer(vocab_size=vocab_size, initial_alphabet=bytes_,
+                                                       end_of_word_suffix="</w>", show_progress=False))
+    learned = json.loads(tokenizer.to_str())["model"]["merges"]
+    tokens = [*dict.fromkeys([*bytes_, *(byte + "</w>" for byte in bytes_), *map("".join, learned)])][: vocab_size - 2]
+    merges = [pair for pair in learned if {*pair, "".join(pair)} <= {*tokens}]
+    if len(tokens) < vocab_size - 2:
+        raise ValueError(f"The captions give {len(merges)} merges: ask for at most vocab_size={len(tokens) + 2}")
     vocabulary = {token: id for id, token in enumerate([*tokens, START, END])}
     names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **names}
@@ -66,47 +71,6 @@ def train_t5_tokenizer(captions: Iterable[str], folder: str | Path, vocab_size: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     _write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-
-
-def _word_counts(captions: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """How often each word occurs, a word as its bytes: ("r", "e", "d</w>")."""
-    clip = clip_tokenizer(BPE())
-    counts = Counter()
-    for caption in captions:
-        for word, _ in clip.pre_tokenizer.pre_tokenize_str(clip.normalizer.normalize_str(caption)):
-            counts[(*word[:-1], word[-1] + "</w>")] += 1
-    return counts
-
-
-def _learn_merges(words: Counter[tuple[str, ...]], tokens: list[str], num_tokens: int) -> list[tuple[str, str]]:
-    """Merge the most frequent pair of adjacent tokens until `tokens`, extended in place, has `num_tokens`."""
-    merges = []
-    while len(tokens) < num_tokens:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            raise ValueError(f"The captions give {len(merges)} merges: ask for at most vocab_size={len(tokens) + 2}")
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties are broken alphabetically
-        merges.append(best)
-        if "".join(best) not in tokens:
-            tokens.append("".join(best))
-        joined = Counter()
-        for word, count in words.items():
-            joined[_join(word, best)] += count
-        words = joined
-    return merges
-
-
-def _join(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    out = []
-    for token in word:
-        if out and (out[-1], token) == pair:
-            out[-1] += token
-        else:
-            out.append(token)
-    return tuple(out)
 
 
 def _write_text(file: Path, text: str) -> None:

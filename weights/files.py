@@ -1,7 +1,7 @@
 """Where a checkpoint is, and what its headers say: paths, names on the hub, shards, the entries of tensors.
 
-Files are opened by the safetensors library, which maps them: numbers are read when they are used. Names on the hub are
-found in the cache, or downloaded, by huggingface_hub.
+Headers are read by the safetensors library; `load.map_file` maps the numbers, which are read when they are used. Names
+on the hub are found in the cache, or downloaded, by huggingface_hub.
 """
 
 import json

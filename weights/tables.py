@@ -105,7 +105,7 @@ AUTOENCODER_ORIGINAL = Layout(  # the prefix is SD3's; FLUX.1's own file has non
         ("latent_{mean,variance}", "bn.running_{mean,var}"),
         ("encoder.levels.{l}.blocks.{j}.{a}_{n}", "encoder.down.{l}.block.{j}.{a}{n}"),
         ("encoder.levels.{l}.blocks.{j}.shortcut", "encoder.down.{l}.block.{j}.nin_shortcut"),
-        ("encoder.levels.{l}.down", "encoder.down.{l}.downsample.conv"),
+        ("encoder.levels.{l}.resample", "encoder.down.{l}.downsample.conv"),
         ("{half}.middle.block_{j}.{a}_{n}", "{half}.mid.block_{j}.{a}{n}"),
         ("{half}.middle.attention.norm", "{half}.mid.attn_1.norm"),
         ("{half}.middle.attention.qkv.weight", "{half}.mid.attn_1.{q,k,v}.weight", CONV_1X1),
@@ -114,7 +114,7 @@ AUTOENCODER_ORIGINAL = Layout(  # the prefix is SD3's; FLUX.1's own file has non
         ("{half}.middle.attention.out.bias", "{half}.mid.attn_1.proj_out.bias"),
         ("decoder.levels.{l}.blocks.{j}.{a}_{n}", "decoder.up.{last-l}.block.{j}.{a}{n}"),
         ("decoder.levels.{l}.blocks.{j}.shortcut", "decoder.up.{last-l}.block.{j}.nin_shortcut"),
-        ("decoder.levels.{l}.up", "decoder.up.{last-l}.upsample.conv"),
+        ("decoder.levels.{l}.resample", "decoder.up.{last-l}.upsample.conv"),
 ])
 
 AUTOENCODER_HUB = Layout(
@@ -125,8 +125,8 @@ AUTOENCODER_HUB = Layout(
         ("{encoder,decoder}.levels.{l}.blocks.{j}.{a}_{n}", "{encoder.down,decoder.up}_blocks.{l}.resnets.{j}.{a}{n}"),
         ("{encoder,decoder}.levels.{l}.blocks.{j}.shortcut",
          "{encoder.down,decoder.up}_blocks.{l}.resnets.{j}.conv_shortcut"),
-        ("encoder.levels.{l}.down", "encoder.down_blocks.{l}.downsamplers.0.conv"),
-        ("decoder.levels.{l}.up", "decoder.up_blocks.{l}.upsamplers.0.conv"),
+        ("encoder.levels.{l}.resample", "encoder.down_blocks.{l}.downsamplers.0.conv"),
+        ("decoder.levels.{l}.resample", "decoder.up_blocks.{l}.upsamplers.0.conv"),
         ("{half}.middle.block_{1,2}.{a}_{n}", "{half}.mid_block.resnets.{0,1}.{a}{n}"),
         ("{half}.middle.attention.norm", "{half}.mid_block.attentions.0.group_norm"),
         ("{half}.middle.attention.qkv", "{half}.mid_block.attentions.0.to_{q,k,v}"),

@@ -26,7 +26,6 @@ def closest(results: Results, model: str) -> list[str]:
     return sorted(found, key=lambda method: found[method][1][0])[:2]
 
 
-@rc_context(STYLE)
 def verdict_figure(results: Results, models: list[str]) -> Figure:
     """Gain against lost adherence on the prompts to report, a panel a checkpoint: the settings that were chosen, and
     contextual repulsion at rising strengths with the line that other methods are compared with (`Results.ahead`)."""
@@ -69,7 +68,6 @@ def draw_method(panel: Axes, found: list[Result], color: str | None, line: list[
         panel.errorbar(x, y, [[y - bottom], [top - y]], [[x - low], [high - x]], color=color, alpha=0.45, lw=1.5)
 
 
-@rc_context(STYLE)
 def ablations_figure(results: Results, models: list[str], names: list[str]) -> Figure:
     """One row of panels a checkpoint, one panel an ablation: gain as bars, change of adherence written on them."""
     figure = Figure(figsize=(5.6 * len(names), 4.2 * len(models)), layout="constrained")

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from statistics import fmean as mean
 
 import numpy as np
 import torch
@@ -54,10 +55,6 @@ def measure(pictures: list[Image.Image], prompt: str, embedding: Embedding) -> d
         "scenes": [to_text(scene) for scene in scenes],
         "embedding": base64.b64encode(vectors.half().numpy().tobytes()).decode(),
     }  # fmt: skip
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def unreadable(scene: Scene) -> float:

@@ -113,9 +113,9 @@ class Results:
         found = {method: one[points] for method, one in self.verdict(model).items() if one.get(points)}
         return dict(sorted(found.items(), key=lambda item: -item[1].gain[0]))
 
-    def pairs(self, model: str, setting: dict, base: dict, only: set[tuple] | None = None) -> dict[str, list[tuple]]:
-        """Prompt → (row, row of the base) of each group that both settings have; `only`: of these groups."""
-        mine, other, found = self.groups(model, setting), self.groups(model, base), defaultdict(list)
+    def pairs(self, model: str, setting: dict, only: set[tuple] | None) -> dict[str, list[tuple]]:
+        """Prompt → (row, row of the base) of each group that both have; `only`: of these groups."""
+        mine, other, found = self.groups(model, setting), self.groups(model, {}), defaultdict(list)
         for prompt, seed in sorted(set(mine) & set(other)):
             if only is None or (prompt, seed) in only:
                 found[prompt].append((mine[prompt, seed], other[prompt, seed]))
@@ -162,7 +162,7 @@ class Results:
         which = model, json.dumps(setting), only and frozenset(only)
         if which not in self.known:
             size = pipeline_of(model).defaults.height
-            self.known[which] = compare(setting, self.pairs(model, setting, {}, only), size)
+            self.known[which] = compare(setting, self.pairs(model, setting, only), size)
         return self.known[which]
 
     def ablation(self, model: str, name: str) -> dict[str, Result]:

@@ -114,7 +114,7 @@ def paint(job: Job, device: str = "cpu") -> dict:
     return {**job.row, "checkpoint": checksum(job.model), **measure(found, job.prompt, embedding())}
 
 
-def costs(model: str, settings: list[dict], runs: int = COST_RUNS) -> list[dict]:
+def costs(model: str, settings: list[dict], runs: int, images: int = GROUP) -> list[dict]:
     """What each setting adds to the time of a group on the CPU: the median ratio to a base run right before it.
 
     One process, all its threads, nothing beside it.
@@ -125,7 +125,7 @@ def costs(model: str, settings: list[dict], runs: int = COST_RUNS) -> list[dict]
             pair = []
             for one in ({}, setting):
                 start = time.perf_counter()
-                pictures(model, one, COST_PROMPT, max(seed, 0))
+                pictures(model, one, COST_PROMPT, max(seed, 0), images)
                 pair.append(time.perf_counter() - start)
             if seed >= 0:
                 found.append(tuple(pair))

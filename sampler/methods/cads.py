@@ -5,14 +5,14 @@ arXiv:2310.17347.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..guidance import Condition
-from ..schedule import starting_noise
+from ..guidance import Condition, GuidedVelocity
+from ..schedule import Velocity, starting_noise
 from .method import Method
 
 
@@ -42,7 +42,10 @@ class CADS(Method):
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"CADS's start and stop must be 0 ≤ start < stop ≤ 1, got {self.start} and {self.stop}")
 
-    def condition(self, condition: Condition, seed: int) -> Condition:
+    def velocity(self, velocity: GuidedVelocity, sigmas: Tensor) -> Velocity:
+        return replace(velocity, condition=self.annealed(velocity.condition, velocity.seed))
+
+    def annealed(self, condition: Condition, seed: int) -> Condition:
         def annealed(samples: int, sigma: float, step: int) -> tuple[Tensor, Tensor | None]:
             texts = [text for text in condition(samples, sigma, step) if text is not None]
             gamma = min(max((self.stop - sigma) / (self.stop - self.start), 0), 1)

@@ -9,6 +9,7 @@ block runs again with the text that entered it; τ.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from repulsion.repel import gram_matrix
-from repulsion.solvers import PARALLEL
+from repulsion.solvers import mixing_matrix
 
 from .inside import Inside, Place
 
@@ -56,31 +57,15 @@ class FeatureSelfGuidance(Inside):
             return image
         h = rearrange(image, "(g b) m d -> g b m d", b=place.samples)
         gram = gram_matrix(h.cpu() if h.device.type == "mps" else h)  # MPS has no float64
-        mixing = torch.from_numpy(dispersion(gram, self.strength, self.iterations, self.temperature))
-        pushed = torch.einsum("gij, gjmd -> gimd", mixing.float().to(h.device), h.float())
+        objective = partial(falling, temperature=self.temperature)
+        mixing, _ = mixing_matrix(gram, self.strength, None, self.iterations, objective, reg=0.0)
+        pushed = torch.einsum("gij, gjmd -> gimd", torch.from_numpy(mixing).float().to(h.device), h.float())
         moved = rearrange(h + pushed, "g b m d -> (g b) m d").to(image.dtype)
         return (1 - self.mix) * moved + self.mix * again(moved)
 
 
-def dispersion(gram: np.ndarray, strength: float, iterations: int, temperature: float) -> np.ndarray:
-    """Gram matrices (g, B, B) of tokens H → E (g, B, B) with which H + E H are the dispersed ones."""
-    mixing, identity, now = np.zeros_like(gram), np.eye(gram.shape[-1]), gram
-    for _ in range(iterations):
-        d = -gradient_matrix(now, temperature)
-        squared = (d @ now * d).sum((-2, -1))  # ‖D H‖²
-        length = np.sqrt(np.trace(gram, axis1=-2, axis2=-1) / np.where(squared > 0, squared, np.inf))
-        mixing = mixing + strength / iterations * length[:, None, None] * (d + d @ mixing)
-        now = (identity + mixing) @ gram @ (identity + mixing).swapaxes(-1, -2)
-    return mixing
-
-
-def gradient_matrix(gram: np.ndarray, temperature: float) -> np.ndarray:
-    """D with ∇_{h_i} = Σ_j D_ij h_j: with P the softmax of cos / τ over all pairs i ≠ j and r_i = 1 / |h_i|, it is
-    ∇_{h_i} = 2 / τ Σ_j P_ij (r_i r_j h_j − r_i² cos_ij h_i)."""
-    identity, squared = np.eye(gram.shape[-1]), np.diagonal(gram, axis1=-2, axis2=-1)
-    r = np.where(squared > 0, squared, np.inf) ** -0.5
-    outer = r[..., :, None] * r[..., None, :]
-    weights = np.exp((gram * outer - 1) / temperature) * (1 - identity)
-    weights = 2 / temperature * weights / weights.sum((-2, -1), keepdims=True)
-    weights = weights * (gram * outer < 1 - PARALLEL)  # no direction: of such a pair, rounding errors alone
-    return weights * outer - identity * (r**2 * (weights * gram * outer).sum(-1))[..., None]
+def falling(density: np.ndarray, temperature: float) -> np.ndarray:
+    """−∂/∂K̃ of log mean_{i≠j} exp(B K̃_ij / τ), the objective's f′ for `repulsion.solvers`: (g, B, B) → (g, B, B)."""
+    b = density.shape[-1]
+    weights = np.exp((b * density - 1) / temperature) * (1 - np.eye(b))
+    return -b / temperature * weights / weights.sum((-2, -1), keepdims=True)

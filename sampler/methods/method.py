@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..guidance import Condition
+from ..guidance import GuidedVelocity
 from ..schedule import Velocity, denoise
 
 CAP = 10.0  # the largest factor of `score_to_velocity`, reached at σ = 10 / 11
@@ -41,11 +41,7 @@ class Method:
         """The noise to start from, for `images` pictures; draw(count) gives (count, c, H, W)."""
         return draw(images)
 
-    def condition(self, condition: Condition, seed: int) -> Condition:
-        """What the transformer is given of the prompt; see `sampler.guidance.GuidedVelocity`."""
-        return condition
-
-    def velocity(self, velocity: Velocity, sigmas: Tensor) -> Velocity:
+    def velocity(self, velocity: GuidedVelocity, sigmas: Tensor) -> Velocity:
         """The velocity to follow along the noise levels `sigmas`."""
         return velocity
 

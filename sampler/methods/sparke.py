@@ -30,12 +30,7 @@ class SPARKE(Steering):
     strength: float = 0.1
     bandwidth: float = 0.8
     every: int = 4
-    ranges: ClassVar = {"every": (1, math.inf)}
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.bandwidth < float("inf"):
-            raise ValueError(f"SPARKE's bandwidth must be a finite number above 0, got {self.bandwidth}")
+    ranges: ClassVar = {"bandwidth": (1e-3, math.inf), "every": (1, math.inf)}
 
     def steer(self, x: Tensor, velocity: Tensor, sigma: float, next_sigma: float, step: int) -> Tensor:
         if self.strength == 0 or step % self.every or len(x) == 1:

@@ -71,22 +71,22 @@ def test_latents_stay_on_the_line_as_long_as_they_are_held(pipeline):
 def test_the_context_at_alpha_1_is_the_targets_and_the_last_two_stay(pipeline):
     noise = torch.cat([starting_noise(3, 1, (16, 16, 16)).expand(2, -1, -1, -1), starting_noise(8, 1, (16, 16, 16))])
     plain = pipeline(PROMPT, 3, steps=4, noise=noise)
-    found = pipeline(PROMPT, 3, steps=4, noise=noise, repulsion=ContextInterpolation((1.0,), EVERYWHERE))
+    found = pipeline(PROMPT, 3, steps=4, noise=noise, repulsion=ContextInterpolation(**vars(EVERYWHERE), alphas=(1.0,)))
     assert all(map(close, found[1:], plain[1:])) and not close(found[0], plain[0])
     context = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
-    moved = ContextInterpolation((1.0,), EVERYWHERE).bind(0, 8, groups=2)(context)
+    moved = ContextInterpolation(**vars(EVERYWHERE), alphas=(1.0,)).bind(0, 8, groups=2)(context)
     assert torch.equal(moved[[0, 3]], context[[2, 5]]) and torch.equal(moved[[1, 2, 4, 5]], context[[1, 2, 4, 5]])
-    assert ContextInterpolation((1.0,), Repulsion(0.0, blocks=(1,))).bind(0, 8, groups=2) is None
+    assert ContextInterpolation(0.0, blocks=(1,), alphas=(1.0,)).bind(0, 8, groups=2) is None
 
 
 def test_single_stream_blocks_move_their_context_alone(tmp_path):
     tokens = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))
-    moved = ContextInterpolation((1.0,), EVERYWHERE).bind(0, 8, groups=1, num_context=4)(tokens)
+    moved = ContextInterpolation(**vars(EVERYWHERE), alphas=(1.0,)).bind(0, 8, groups=1, num_context=4)(tokens)
     assert torch.equal(moved[0, :4], tokens[2, :4]) and torch.equal(moved[0, 4:], tokens[0, 4:])
     assert torch.equal(moved[1:], tokens[1:])
     _, pipe = saved(flux(), tmp_path)
     call = {"height": 32, "width": 48, "steps": 2, "guidance": 2.5, "noise": starting_noise(0, 3, (16, 8, 12))}
-    line = ContextInterpolation((1.0,), Repulsion(0.0, steps=2, blocks=(2, 3)))  # the single-stream ones
+    line = ContextInterpolation(0.0, steps=2, blocks=(2, 3), alphas=(1.0,))  # the single-stream ones
     decode, latents = pipe.autoencoder.decode, []
     pipe.autoencoder.decode = lambda latent: latents.append(latent) or decode(latent)
     pipe(PROMPT, 3, **call), pipe(PROMPT, 3, **call, repulsion=line)

@@ -306,14 +306,6 @@ def test_an_older_kit_stays_unless_told_otherwise(tmp_path):
     assert Kit.read(folder).run["prompts"] == ["", "a star"]
 
 
-@pytest.mark.parametrize("change", [{"shift_terminal": 0.1}, {"time_shift_type": "linear", "shift": None}])
-def test_a_schedule_without_a_formula_is_refused(change):
-    pipeline = Pipeline.load("tiny-sd3")
-    pipeline.schedule = replace(pipeline.schedule, **change)
-    with pytest.raises(ValueError, match="no formula for a schedule with shift_terminal or time_shift_type linear"):
-        Run.of(pipeline, "tiny-sd3", "a star")
-
-
 def test_nothing_is_left_of_a_kit_that_fails(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
