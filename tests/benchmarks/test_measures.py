@@ -10,7 +10,7 @@ from scenes import scenes_of
 from benchmarks.paper import embedding, measures
 from benchmarks.paper.embedding import Embedding
 from repulsion import vendi_score
-from tiny.drawing import wrong_pixels
+from tiny.drawing import WELL, wrong_pixels
 from tiny.reader import attribute_vectors
 from tiny.world import Scene, Thing, render
 
@@ -32,6 +32,13 @@ def test_wrong_pixels_are_those_that_were_spoiled():
     for i, side in enumerate((2, 3, 4)):
         plain[i, :, 4 : 4 + side, 4 : 4 + side] = 1
     assert wrong_pixels(plain) == pytest.approx([1e4 * count / 128**2 for count in (4, 9, 16)])
+
+
+def test_half_a_percent_of_wrong_pixels_is_the_limit_of_well_drawn():
+    plain = render([Scene((Thing("circle", "red", "medium"),), *NAVY)] * 2)
+    plain[:, :, 4:12, 4:12] = 1
+    plain[1, :, 4:12, 100:108] = 1
+    assert [count <= WELL for count in wrong_pixels(plain)] == [True, False]  # 39 and 78 of 10,000
 
 
 def test_a_torn_thing_counts_about_what_it_lacks():

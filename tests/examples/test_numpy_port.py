@@ -29,7 +29,11 @@ PORT = Path(examples.numpy_port.__file__).parent
 SHIPPED = json.loads((FOLDER / "sampling.json").read_text(encoding="utf-8"))
 EXACT = 1e-12  # float64 sums of up to 600 products in some tens of layers: at most some thousand roundings of 1e-16
 PROMPT = "a small green star left of a ring"
-random = np.random.default_rng(0)
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)  # one for each test, in whatever order they run
 
 
 def relative(found, wanted):
@@ -110,20 +114,20 @@ def test_clip(parts, inputs, name, folder):
     assert relative(pooled, ours.pooled) < EXACT
 
 
-def test_t5_as_far_as_its_last_bucket(parts):
+def test_t5_as_far_as_its_last_bucket(parts, random):
     ids = random.integers(0, 70, (2, 200))  # distances from 128 on share a bucket
     ours = weights.load_text_encoder(FOLDER / "text_encoder_3", dtype=torch.float64)(torch.from_numpy(ids))
     assert relative(parts["t5"].encode(ids), ours) < EXACT
 
 
-def test_the_decoder(parts, pipeline):
+def test_the_decoder(parts, pipeline, random):
     latent = random.standard_normal((2, pipeline.config.latent_channels, 4, 8))
     ours = weights.load_autoencoder(FOLDER, dtype=torch.float64).decode(torch.from_numpy(latent))
     assert relative(parts["autoencoder"].decode(latent), ours) < EXACT
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_block(parts, model, last):
+def test_a_block(parts, model, last, random):
     index, d = model.config.num_dual_blocks - 1 if last else 0, model.config.hidden_size
     context, image, vector = (random.standard_normal(shape) for shape in ((2, 5, d), (2, 6, d), (2, d)))
     ours = model.dual_blocks[index](*torch_of(context, image, vector))
@@ -137,7 +141,7 @@ def test_a_block(parts, model, last):
     {"scale": 1e2, "iterations": 2, "blocks": "last"}, {"strength": 4.0, "iterations": 3},
     {"strength": 0.3, "iterations": 1, "branches": "conditional", "blocks": [1, 7], "solver": "gram"},
 ], ids=["none", "shipped", "the paper's", "last third", "strength 4", "one branch, two blocks"])  # fmt: skip
-def test_the_transformer_with_every_kind_of_push(parts, model, settings):
+def test_the_transformer_with_every_kind_of_push(parts, model, settings, random):
     config, wide = model.config, (8, 4)  # not square, smaller than the position table
     shapes = ((6, config.latent_channels, *wide), (6, 9, config.context_dim), (6, config.pooled_dim))
     latent, context, pooled = (random.standard_normal(shape) for shape in shapes)
@@ -147,7 +151,7 @@ def test_the_transformer_with_every_kind_of_push(parts, model, settings):
     assert relative(parts["transformer"].velocity(latent, 0.0, context, pooled, push, 2), ours) < EXACT
 
 
-def test_the_features_of_a_noise_level(parts):
+def test_the_features_of_a_noise_level(parts, random):
     network = parts["transformer"]
     network.conditioning(0.75, random.standard_normal((1, network.config["pooled_projection_dim"])))
     angles = 750 * 10_000 ** (-np.arange(128) / 128)
@@ -159,7 +163,7 @@ LENGTHS = pytest.mark.parametrize("length", [{"scale": 5.0}, {"strength": 0.5}],
 
 
 @LENGTHS
-def test_a_push_ends_where_the_paper_s_loop_ends(length):
+def test_a_push_ends_where_the_paper_s_loop_ends(length, random):
     tokens = 1 + 0.1 * random.standard_normal((6, 4, 10))
     found, inside = PortRepulsion(iterations=8, **length).push(tokens, 2)
     loop = Repulsion(iterations=8, solver="autograd", **length).bind(0, 1, groups=2)(torch.from_numpy(tokens))
@@ -168,7 +172,7 @@ def test_a_push_ends_where_the_paper_s_loop_ends(length):
     assert inside["mixing"].shape == (2, 3, 3)
 
 
-def test_strength_is_the_length_of_a_push_of_one_step_relative_to_the_group():
+def test_strength_is_the_length_of_a_push_of_one_step_relative_to_the_group(random):
     tokens = 1 + 0.1 * random.standard_normal((6, 4, 10))
     tokens[3:] *= 100
     found, _ = PortRepulsion(strength=1.5).push(tokens, 2)
@@ -177,13 +181,13 @@ def test_strength_is_the_length_of_a_push_of_one_step_relative_to_the_group():
         assert moved == pytest.approx(1.5, rel=1e-12)
 
 
-def test_samples_that_all_coincide_stay():
+def test_samples_that_all_coincide_stay(random):
     tokens = np.repeat(random.standard_normal((1, 3, 4)), 4, axis=0)
     assert (PortRepulsion(strength=2.0).push(tokens, 1)[0] == tokens).all()
 
 
 @LENGTHS
-def test_twins_move_alike_and_nothing_moves_a_zero(length):
+def test_twins_move_alike_and_nothing_moves_a_zero(length, random):
     tokens = random.standard_normal((5, 3, 4))
     tokens[1], tokens[3] = tokens[0], 0
     found, _ = PortRepulsion(iterations=4, **length).push(tokens, 1)

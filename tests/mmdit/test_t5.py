@@ -68,7 +68,7 @@ def test_equals_transformers(length):
     model = oracle()
     ids = prompts(length)
     # transformers takes the norm's mean in float32 even in a float64 model: some 1e-7 a layer, amplified by the next.
-    assert relative_error(ours(model)(ids), model(ids).last_hidden_state) < 1e-5
+    assert relative_error(ours(model)(ids), model(ids).last_hidden_state) < 1e-6
 
 
 def test_bucket_edges_are_powers_of_root_two():

@@ -73,6 +73,7 @@ def checkpoint(path, variant="sd3.5-large", family="sd3", scheduler=None):
 def test_the_usual_settings_of_the_families_table(tmp_path, name, steps, guidance, shift):
     found = find_settings(checkpoint(tmp_path, name))
     assert (found.steps, found.guidance, found.shift, found.height, found.width) == (steps, guidance, shift, 1024, 1024)
+    assert found.prompt_tokens == (256 if name == "flux1-schnell" else None)  # None: as many as the family
 
 
 def test_a_folder_that_brings_its_own_settings_has_the_last_word(tmp_path):

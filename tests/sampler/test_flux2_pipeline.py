@@ -216,3 +216,9 @@ def test_references_are_refused_where_they_are_read_otherwise(small):
 def test_a_long_prompt_is_cut_with_a_warning(small):
     with pytest.warns(UserWarning, match="the text encoder reads only 512 of the prompt's"):
         small(PROMPTS[2], 1, steps=1, **SIZE)
+
+
+def test_the_text_encoder_is_never_float16(tmp_path):
+    saved(klein(), tmp_path / "klein")
+    half = Pipeline.load(tmp_path / "klein", dtype=torch.float16)
+    assert next(half.text.decoder.module.parameters()).dtype == torch.bfloat16

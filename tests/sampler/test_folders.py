@@ -176,20 +176,19 @@ while True:
 
 
 def test_killed_fifty_times_while_it_replaces_a_folder_the_old_or_the_new_one_is_whole(tmp_path):
-    target, rng, last, replaced = tmp_path / "a", random.Random(0), 0, 0
+    target, rng, last = tmp_path / "a", random.Random(0), 0
     with whole_folder(target) as claim:
         write(claim.work, "0")
     for _ in range(50):
         process = child(REPLACE, target, last)
         assert process.stdout.readline() == "ready\n"
+        first = int(process.stdout.readline())  # one at least, on however slow a machine
         time.sleep(rng.uniform(0, 0.02))
-        reported = killed(process)
+        reported = [first, *killed(process)]
         (text,) = texts(target)
         assert int(text) - (reported[-1] if reported else last) in (0, 1)  # what was reported is there, or the next
-        replaced += int(text) - last
         last = int(text)
         assert hidden(tmp_path) in ([], [".a.partial"])
-    assert replaced > 50  # it was killed in the midst of work
     with whole_folder(target, overwrite=True) as claim:  # no lock, no leftover is in the way
         assert list(claim.work.iterdir()) == []
         write(claim.work, "last")
@@ -206,18 +205,17 @@ for n in range(10**9):
 
 
 def test_killed_fifty_times_while_it_writes_new_folders_each_is_whole_or_missing(tmp_path):
-    rng, written = random.Random(1), 0
+    rng = random.Random(1)
     for i in range(50):
         process = child(ADD, tmp_path / str(i))
         assert process.stdout.readline() == "ready\n"
+        first = int(process.stdout.readline())  # one at least, on however slow a machine
         time.sleep(rng.uniform(0, 0.02))
-        reported = killed(process)
+        reported = [first, *killed(process)]
         place = tmp_path / str(i)
         found = {int(file.name) for file in place.glob("[0-9]*")}
         assert all(texts(place / str(n)) == {str(n)} for n in found)
         assert found in (set(reported), {*reported, len(reported)})
-        written += len(found)
-    assert written > 50
 
 
 RACE = """

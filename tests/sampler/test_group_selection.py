@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_pipeline import pixels
 
-from sampler import Pipeline, starting_noise
+from sampler import Pipeline, sigmas, starting_noise
 from sampler.methods import GroupSelection, sgi
 
 
@@ -64,3 +64,12 @@ def test_chosen_pictures_are_to_the_bit_those_of_their_seeds(monkeypatch):
     for picture, index in zip(found, kept[-1], strict=True):
         alone = pixels(pipeline("a ring", 1, noise=noise[index : index + 1], steps=4))
         assert (alone == pixels([picture])).all()
+
+
+def test_candidates_are_judged_by_the_pictures_predicted_of_them(monkeypatch):
+    noise, image, seen = starting_noise(0, 4, (4, 2, 2)), starting_noise(1, 4, (4, 2, 2)), []
+    monkeypatch.setattr(GroupSelection, "choose", lambda self, predicted, *_, **__: seen.append(predicted) or slice(4))
+    GroupSelection(1.0).denoise(lambda x, *_: noise - image, noise, sigmas(3))
+    for predicted in seen:
+        torch.testing.assert_close(predicted, image, rtol=1e-5, atol=1e-5)  # float32, on the straight line
+    assert len(seen) == 3

@@ -145,8 +145,3 @@ def test_true_guidance_reads_the_reference_in_both_branches(small):
 def test_an_image_that_is_a_path_is_refused(small):
     with pytest.raises(ValueError, match="image must be a PIL image, got a str"):
         small("a star", 1, image="photo.png")
-
-
-def test_a_model_that_edits_no_pictures_names_the_one_that_does(pipeline):
-    with pytest.raises(ValueError, match="image: this checkpoint edits no pictures"):
-        pipeline("a star", 1, image=photo(64, 64))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from test_pipeline import pixels
+from torch import nn
 
 from repulsion import Repulsion
 from sampler import __main__ as cli
 from sampler import options, program, starting_noise
+from sampler.guidance import GuidedVelocity
 from sampler.methods import (
     CADS,
     CNO,
@@ -33,6 +35,7 @@ from sampler.methods.diverseflow import JITTER, log_likelihood_gradient
 from sampler.methods.method import CAP, Method, score_to_velocity
 from sampler.methods.particle import log_potential_gradient
 from sampler.methods.sparke import frobenius_gradient
+from sampler.parts import Part
 
 STEERING = [ParticleGuidance(), SPARKE(), DiverseFlow()]
 
@@ -103,7 +106,7 @@ def test_gradients_are_those_of_autograd(value, gradient, b):
     x = latents(b)[0].flatten(1).double().requires_grad_()
     (expected,) = torch.autograd.grad(value(x), x)
     found = gradient(x.detach())
-    assert ((found - expected).norm() / expected.norm()).item() < 1e-10  # float64, and inverses of condition ~10
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-12  # float64, and inverses of condition ~10
     outward = torch.cosine_similarity(found, x.detach() - x.detach().mean(0)).mean()
     assert outward < 0 if value is frobenius else outward > 0  # the one to descend, the others to climb
 
@@ -312,3 +315,34 @@ def test_the_program_writes_the_methods_batch_beside_the_typical_one(pipeline, m
     assert json.loads(Image.open(folder / "cads-00.png").text["method"])["name"] == "cads"
     assert json.loads(Image.open(folder / "base-00.png").text["method"]) is None
     assert "cads" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("method", [ParticleGuidance(0.3), DiverseFlow(0.3)], ids=lambda method: type(method).__name__)
+def test_a_push_is_its_gradient_times_its_schedule(method):
+    x, v = latents()
+    at, gradient, factor = {
+        ParticleGuidance: (x, log_potential_gradient, score_to_velocity(0.8)),  # of the noisy latents
+        DiverseFlow: (x - 0.8 * v, log_likelihood_gradient, 0.8),  # of the predicted pictures, times dx̂₀/dv
+    }[type(method)]
+    flat = at.flatten(1).double()
+    wanted = v.double() - (0.3 * flat.shape[1] * factor * gradient(flat)).view_as(x)
+    assert (method.steer(x, v, 0.8, 0.7, 0) - wanted).norm() < 1e-6 * wanted.norm()
+
+
+class Told(nn.Module):
+    """A transformer that notes the guidance it is given, and returns bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.guidance = []
+
+    def forward(self, latent, guidance, **_):
+        self.guidance.append(guidance.tolist())
+        return latent.bfloat16()
+
+
+def test_without_guidance_a_distilled_model_is_told_1_and_velocities_are_float32():
+    model, x = Told(), starting_noise(0, 2, (4, 2, 2))
+    velocity = GuidedVelocity(Part(lambda: model), lambda *_: (torch.zeros(2, 1, 1), None), 4, distilled=3.5)
+    assert velocity(x, 1.0, 0).dtype == velocity(x, 1.0, 0, guided=False).dtype == torch.float32
+    assert model.guidance == [[3.5] * 2, [1.0] * 2]

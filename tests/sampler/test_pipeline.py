@@ -105,6 +105,7 @@ def test_guidance_is_the_classifier_free_formula(pipeline):
     finally:
         del pipeline.autoencoder.decode
     two, four, six, one = latents
+    assert (four - two).abs().max() > 1e-2
     torch.testing.assert_close(six - four, four - two, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(one, two - (four - two) / 2, rtol=1e-3, atol=1e-4)  # w = 1: the conditional alone
 

@@ -17,6 +17,7 @@ from repulsion.solvers import gradient_matrix
 from sampler import Pipeline, starting_noise
 from sampler.guidance import GuidedVelocity
 from sampler.methods import (
+    CADS,
     CNO,
     DAVE,
     METHODS,
@@ -27,6 +28,7 @@ from sampler.methods import (
     PinkNoise,
     SeedVariance,
     TeacherFirst,
+    cno,
 )
 from sampler.methods.cno import contrastive
 from sampler.methods.fsg import falling
@@ -342,7 +344,7 @@ def test_seed_variance_has_one_noise_for_all_early_steps_that_depends_on_seed_an
     assert varied(0.5, pooled=False)[0][1] is None  # FLUX.2
 
 
-@pytest.mark.parametrize("method", [SeedVariance(), STRIDE()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [SeedVariance(), STRIDE(), CADS()], ids=lambda method: type(method).__name__)
 def test_what_a_method_draws_follows_the_seed_of_the_run(pipeline, method):
     call = {"prompt": "a ring", "images": 2, "steps": 4, "noise": starting_noise(0, 2, (16, 16, 16)), "method": method}
     one, other = pipeline(**call, seed=1), pipeline(**call, seed=2)
@@ -378,7 +380,7 @@ def test_the_first_velocity_is_that_of_the_teachers_own_pipeline(pipeline, weigh
     turbo("a star", 3, seed=2, method=Noted(1.0, weight=weight))
     own = First(seen=[])
     pipeline("a star", 3, seed=2, method=own, guidance=weight)
-    torch.testing.assert_close(seen[0], own.seen[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen[0], own.seen[0], rtol=1e-5, atol=1e-6)
     plain = First(seen=[])
     turbo("a star", 3, seed=2, method=plain)
     assert not torch.allclose(plain.seen[0], own.seen[0], atol=0.1)
@@ -449,3 +451,15 @@ def test_in_flux2_strength_0_is_plain_and_more_is_not(flux2, name):
     plain = model(**call)
     assert same(model(**call, method=replace(method, strength=0.0)), plain)
     assert not same(model(**call, method=method), plain)
+
+
+def test_cno_is_drawn_back_to_where_it_began(monkeypatch):
+    firsts, own = [], cno.contrastive
+    monkeypatch.setattr(cno, "contrastive", lambda z, first, tau: firsts.append(first) or own(z, first, tau))
+    CNO(0.3, iterations=3).optimize(lambda x, *_: x / 2, starting_noise(4, 2, (3, 4, 4)), 1.0)
+    assert len(firsts) == 3 and torch.equal(firsts[0], firsts[2])
+
+
+def test_where_stride_and_when_feature_self_guidance_act():
+    assert [*STRIDE().blocks(8)] == [0, 1] and [*STRIDE().blocks(2)] == [0]
+    assert [FeatureSelfGuidance().acts_at(sigma, 0, 4) for sigma in (1.0, 0.8, 0.79)] == [True, True, False]

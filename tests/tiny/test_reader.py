@@ -112,14 +112,32 @@ def test_of_more_than_three_things_the_largest_count():
     assert [thing.color for thing in found.things] == ["red", "green", "white"] and found.arrangement == "row"
 
 
+def discs(*places):
+    image = Image.new("RGB", (128, 128), (25, 120, 125))
+    for x, y, color in places:
+        ImageDraw.Draw(image).ellipse((x - 16, y - 16, x + 16, y + 16), fill=color)
+    return read(tensor_of(image)[None])[0]
+
+
+def test_what_has_no_name_is_none():
+    red, white, yellow = (220, 30, 40), (252, 252, 252), (252, 228, 40)
+    assert discs((24, 24, red)).arrangement is None  # in a corner
+    assert discs((64, 64, (255, 0, 255))).things[0].color is None
+    assert discs((30, 30, red), (98, 64, white), (98, 104, yellow)).arrangement is None  # neither a row nor a triangle
+
+
+def test_specks_are_no_things():
+    (picture,) = render([Scene((Thing("circle", "red", "medium"),), "center", "navy", "plain")])
+    picture[:, 4:12, 4:12] = 1  # 64 pixels: the smallest thing of the world has 260
+    assert len(read(picture[None])[0].things) == 1
+
+
 def test_garbage_is_read_without_complaint():
     generator = torch.Generator().manual_seed(95)
     noise = torch.randn(8, 3, 64, 64, generator=generator)
     assert len(read(noise)) == len(read(noise * float("inf"))) == 8
     assert read(noise[:0]) == []
     assert all(scene.things == () for scene in read(torch.full((1, 3, 20, 30), float("nan"))))
-    black = read(torch.full((1, 3, 64, 64), -1.0))[0]
-    assert black.things == () or black.things[0].color is None
     magenta = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     assert read(magenta)[0].ground is None
 

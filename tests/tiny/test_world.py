@@ -170,11 +170,19 @@ def test_position_jitter_is_small_seeded_and_independent_of_the_rest_of_the_batc
     assert torch.equal(render(scenes, seed=1), render(scenes, seed=1))
     assert torch.equal(render(scenes, seed=1)[:7], render(scenes[:7], seed=1))
     circle = Scene((Thing("circle", "white", "medium"),), "center", "navy", "plain")
-    centers = []
-    for picture in render([circle] * 50, seed=2):
-        alpha = alpha_of(picture, "white", "navy")
-        centers.append(((alpha.sum(0) * (torch.arange(128) + 0.5) / 2).sum() / alpha.sum()).item())
-    assert 30.7 < min(centers) < 31.2 and 32.8 < max(centers) < 33.3  # 32 +- 1.25
+    alphas = torch.stack([alpha_of(picture, "white", "navy") for picture in render([circle] * 50, seed=2)])
+    areas, steps = alphas.sum((1, 2)), (torch.arange(128) + 0.5) / 2
+    for axis in (1, 2):
+        centers = (alphas.sum(3 - axis) * steps).sum(1) / areas
+        assert 30.7 < centers.min() < 31.2 and 32.8 < centers.max() < 33.3  # 32 ± 1.25
+    radii = (areas / 4 / math.pi).sqrt()
+    assert 11.5 < radii.min() < 11.7 and 12.3 < radii.max() < 12.5  # 12 ± 4 %
+
+
+def test_stripes_rise_to_the_right():
+    (picture,) = render([Scene((), None, "gray", "striped")])
+    assert (picture[:, 1:, :-1] - picture[:, :-1, 1:]).abs().max() < 1e-4
+    assert (picture[:, 1:, 1:] - picture[:, :-1, :-1]).abs().max() > 0.05
 
 
 def test_textures_have_the_right_share_of_light_and_a_fixed_phase():
@@ -312,7 +320,9 @@ def test_reworded_captions_mean_the_same():
         assert len(other.replace(",", " ,").split()) <= len(caption.replace(",", " ,").split())
         seen.update(other.replace(",", " ,").split())
         seen["as it was"] += other == caption
-    assert set(seen) - {"as it was"} == set(WORDS) | set(SYNONYMS)
+        seen["short"] += not {"a", "an", "the"} & set(other.split())
+    assert set(seen) - {"as it was", "short"} == set(WORDS) | set(SYNONYMS)
+    assert abs(seen["short"] / 6000 - 0.15) < 4 * math.sqrt(0.15 * 0.85 / 6000)  # without articles
     assert 0.5 <= seen["as it was"] / 6000 < 0.6
     assert reword("a large ring, a star and a cross", FixedChoices()) == "the big ring, the star and the cross"
 
@@ -333,6 +343,9 @@ def test_captions_are_wrong_in_the_announced_share_of_what_they_say():
     told = [misstate(full, 0.1, rng) for _ in range(6000)]
     for name in ("arrangement", "ground", "texture"):
         wrong = sum(getattr(scene, name) != getattr(full, name) for scene in told) / 6000
+        assert abs(wrong - 0.1) < 4 * math.sqrt(0.09 / 6000)
+    for name in ("shape", "color", "size"):
+        wrong = sum(getattr(scene.things[0], name) != getattr(A, name) for scene in told) / 6000
         assert abs(wrong - 0.1) < 4 * math.sqrt(0.09 / 6000)
     colors = Counter(scene.things[0].color for scene in told)
     assert set(colors) == set(COLORS)

@@ -27,10 +27,12 @@ def difference(found, wanted):
 
 def randomize(module, seed=0):
     """Small weights, none of them special: no zero bias, no norm of ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(seed)  # of the initialization too: whatever ran before
+        for part in module.modules():
+            getattr(part, "reset_parameters", bool)()
         for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.05 * torch.randn(parameter.shape))
     return module.eval()
 
 

@@ -199,3 +199,15 @@ def test_every_preset_is_covered_by_a_manifest():
     covered = {config for *_, config in CASES if isinstance(config, MMDiTConfig)}
     # Kontext has the sizes of dev, de-distill schnell's, turbo those of large, klein its base's
     assert covered == set(PRESETS.values())
+
+
+@pytest.mark.parametrize(("manifest", "name", "key", "field", "value"), [
+    ("text/t5xxl", "T5EncoderModel", "relative_attention_max_distance", "relative_max_distance", 128),
+    ("diffusers/flux1.vae", "AutoencoderKL", "norm_num_groups", "norm_groups", 32),
+    ("diffusers/flux1.vae", "AutoencoderKL", "shift_factor", "shift", 0.0),
+])
+def test_what_other_configs_leave_out_is_the_libraries_default(manifest, name, key, field, value):
+    hub = {**MANIFESTS[manifest]["config"], "_class_name": name}
+    hub.pop(key, None)
+    part = recognized(manifest, hub)[0]
+    assert getattr(configs.find_config(replace(part, layout=part.kind.layouts[1]), None, None), field) == value

@@ -93,18 +93,7 @@ def test_hub_names_in_one_file_take_the_family_they_are_used_with(tmp_path):
         same_tensors(loaded.state_dict(), network.state_dict())
 
 
-def test_an_interrupted_download_is_called_that(tmp_path, modules):
-    file = modules["transformer"][1]
-    whole = file.read_bytes()
-    for cut in (len(whole) - 1, len(whole) - 30_000):
-        file.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match=rf"an interrupted download: {cut:,} of {len(whole):,} bytes, "
-                                                  r"up to tensor [\w.]+"):
-            weights.load_transformer(file)
-    file.write_bytes(whole[:100])
-    with pytest.raises(CheckpointError, match="an interrupted download: it has 100 bytes, fewer than its header"):
-        weights.load_transformer(file)
-
+def test_an_interrupted_download_is_called_that(tmp_path):
     folder = sparse_hub_folder(tmp_path / "FLUX.1-dev", "flux", "diffusers/flux1-dev.transformer")
     (folder / "text_encoder_2" / "model.safetensors").unlink()
     found = weights.inspect_checkpoint(folder)
@@ -143,11 +132,6 @@ def test_of_several_models_the_family_and_the_name_choose(shelf):
     sd3 = weights.inspect_checkpoint(shelf / "sd3.5_large_incl_clips.safetensors")
     own = {role: part.path.name for role, part in sd3.parts.items() if "sd3.5" in part.path.name}
     assert own.keys() == {"transformer", "autoencoder", "clip_l"}
-
-
-def test_a_folder_of_two_transformers_is_not_guessed_at(shelf):
-    with pytest.raises(CheckpointError, match=r"several transformers \(flux1-dev.*, sd3.5_large_.*: give a file"):
-        weights.inspect_checkpoint(shelf)
 
 
 def test_sd3_s_autoencoder_is_never_flux_s(shelf):
