@@ -82,7 +82,7 @@ def report(rows: list[Row], fed: bool = False) -> str:
         usual = [*dict.fromkeys(words for _, words in edits(first))]
         if wrong[0].cause:
             lines.append(f"  found: {wrong[0].cause} (with this mistake the kit's tensors give yours)")
-        elif usual:
+        elif usual and "shape" not in wrong[0].said:  # of the wrong shape, none was tried
             lines.append("  usual causes, of which none gives your tensor:" + "".join(f"\n    {x}" for x in usual))
         lines += [f"also found at {row.entry.name}: {row.cause}" for row in wrong[1:] if row.cause]
         if len(wrong) > 1 and not fed:

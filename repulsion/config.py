@@ -62,9 +62,10 @@ class Repulsion:
         for field, values in (("steps", (self.steps,)), ("start", (self.start,)), ("blocks", blocks)):
             if any(not isinstance(value, int) or value < 0 for value in values):
                 raise ValueError(f"repulsion {field} must be whole numbers from 0 on, got {getattr(self, field)}")
-        if self.until is not None and not (0 <= self.until <= 1 and self.steps == 1):
-            raise ValueError(f"repulsion until must be a noise level from 0 to 1, without steps, got {self.until} and "
-                             f"steps {self.steps}")
+        if self.until is not None and not 0 <= self.until <= 1:
+            raise ValueError(f"repulsion until must be a noise level from 0 to 1, got {self.until}")
+        if self.until is not None and self.steps != 1:
+            raise ValueError(f"repulsion has until, {self.until}, and steps, {self.steps}: give one")
 
     def acts_at(self, step: int, sigma: float) -> bool:
         """Whether denoising step number `step`, from 0, at noise level `sigma`, repels."""

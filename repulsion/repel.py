@@ -63,7 +63,8 @@ def repel(tokens: Tensor, scale: float | None, iterations: int, *, strength: flo
     c, target = (rearrange(x[part], "(g b) n d -> g b n d", b=samples) for x in (tokens, result))
     gram = (gram or gram_matrix)(c)
     if not np.isfinite(gram).all():  # a token that is NaN or infinite makes it so
-        raise ValueError("tokens hold NaN or infinity: the transformer overflowed before the repulsion (try bfloat16)")
+        raise ValueError("tokens hold NaN or infinity: the transformer overflowed before the repulsion (try bfloat16), "
+                         "or its weights hold NaN (python -m weights FILE --check)")
     settings = strength, scale, iterations, objective, kernel_reg
     if solver == "gram":
         mixing, norm = mixing_matrix(gram, *settings)

@@ -39,6 +39,8 @@ def indices(text: str, other: str = "") -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not {other}a list such as 0-3,7")
     ranges = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    if any(r[0] > r[-1] for r in ranges):
+        raise argparse.ArgumentTypeError(f"{text!r} has a range that goes down: write it as in 0-3")
     return tuple(i for r in ranges for i in range(r[0], r[-1] + 1))
 
 

@@ -39,7 +39,9 @@ def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Ima
     draw.text((GAP, GAP), fit(f"“{title}”", large, width - 2 * GAP), fill="black", font=large)
     x = 0
     for name, sheet in sheets:
-        draw.text((x + GAP, top + GAP // 2), fit(name, font, sheet.width - 2 * GAP), fill=(90, 90, 90), font=font)
+        room = sheet.width - 2 * GAP
+        own = ImageFont.load_default(max(9, size * min(1, room / font.getlength(name))))  # the score is at its end
+        draw.text((x + GAP, top + GAP // 2), fit(name, own, room), fill=(90, 90, 90), font=own)
         picture.paste(sheet, (x, top + label))
         x += sheet.width + gap
     return picture

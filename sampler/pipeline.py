@@ -83,6 +83,8 @@ class Pipeline:
             raise ValueError("shard spreads parameters over several processes: start the program with torchrun")
         if shard and (compile or offload == "blocks"):
             raise ValueError("shard gathers a block's parameters for its call: leave out compile and offload blocks")
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"dtype must be one of torch's, such as torch.bfloat16, got {dtype!r}")
         if name_or_path is None and transformer is None:
             name_or_path = "tiny-sd3"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

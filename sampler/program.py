@@ -29,6 +29,8 @@ def settings(args: argparse.Namespace, default: Repulsion | None) -> Repulsion |
              "blocks": args.blocks, "branches": args.branches,
              "strength": args.strength if args.method == "repulsion" else None}
     given = {name: value for name, value in given.items() if value is not None}
+    if {"steps", "until"} <= given.keys():
+        raise ValueError("--repel-steps and --repel-until both say when to repel: give one")
     if args.method != "repulsion" and not given:
         return None
     if "until" in given or "steps" in given:  # instead of the checkpoint's

@@ -114,6 +114,8 @@ def told(main: "Part | None", given: str | None, index: configs.Json) -> tuple[s
         return (sizes["position"], sizes["pooled_dim"] is None, sizes["guidance_embedding"], sizes["qk_norm"],
                 bool(sizes["dual_attention_blocks"]))
 
+    if given and build(vars(PUBLIC[given].config))[:2] != build(fields)[:2]:
+        raise CheckpointError(f"{main.path} is of another family than variant {given}: leave it out")
     exact = [name for name, row in PUBLIC.items() if fields.items() <= vars(row.config).items()]
     alike = exact or [name for name, row in PUBLIC.items() if build(vars(row.config)) == build(fields)]
     alike = alike or [name for name, row in PUBLIC.items() if build(vars(row.config))[:2] == build(fields)[:2]]

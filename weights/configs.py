@@ -81,7 +81,7 @@ def _transformer_fields(part: "Part") -> Fields:
     if (given := prod(patch)) != (returned := part["image_out.weight"][0]):
         raise CheckpointError(f"the transformer reads {given} numbers a patch and returns {returned}, so it is one for "
                               "more inputs (Fill, Canny, Depth): give FLUX.1-dev, -schnell or -Kontext-dev")
-    blocks = part.count("dual_blocks.{}.attention.image.qkv.weight")
+    blocks = max(part.count(f"dual_blocks.{{}}.attention.image.{name}.weight") for name in ("qkv", "out"))
     query_norm = "dual_blocks.0.attention.image.norm_q.weight"
     dual = [i for i in range(blocks) if part.shape(f"dual_blocks.{i}.image_attention.qkv.weight")]
     found = {

@@ -121,7 +121,7 @@ def read_parts(weights: Path, place: Path) -> list[Part]:
     lines, first = "\n".join(entries), next(iter(entries), "none at all")
     what = next((what for pattern, what in FOREIGN.items() if re.search(pattern, lines, re.MULTILINE)), None)
     if what or not (parts := recognize(entries, place, config)):
-        what = what or f"no part of FLUX.1 or SD3 that is known here (its first tensor: {first})"
+        what = what or f"no part of FLUX.1, FLUX.2 or SD3 that is known here (its first tensor: {first})"
         raise CheckpointError(f"{weights} is {what}: give another file")
     return parts
 
@@ -189,6 +189,10 @@ class Checkpoint:
             raise FileNotFoundError("; ".join([
                 f"{self.path} is no whole pipeline, it lacks {', '.join(lacks) or 'a transformer'}: put them there, or "
                 "give autoencoder, text_encoders or tokenizers", *refused]))
+        for place, error in self.beside.items():  # SD3's, without which it would paint otherwise
+            cut = isinstance(error, Exception) and place.exists() and "t5" in self.missing
+            if cut and ("t5" in place.name or place.name == "text_encoder_3"):
+                raise CheckpointError(f"{error}; or remove it to paint without T5")
 
 
 def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | None = None,
@@ -204,7 +208,8 @@ def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | 
     an unsupported model, with its kind, FileNotFoundError for a missing one.
     """
     root = resolve(transformer if path is None else path, download=download)
-    return _inspect(root, _given(transformer, autoencoder, text_encoders or ()), tokenizers, variant)
+    encoders = [text_encoders] if isinstance(text_encoders, PathLike) else text_encoders or ()
+    return _inspect(root, _given(transformer, autoencoder, encoders), tokenizers, variant)
 
 
 def _inspect(root: Path, found: dict[str, Part], tokenizers: PathLike | None = None, variant: str | None = None,

@@ -36,7 +36,7 @@ def test_steps_act_by_their_number_or_by_their_noise_level(settings, acting):
 
 
 def test_steps_and_a_noise_level_together_are_refused():
-    with pytest.raises(ValueError, match="until must be a noise level from 0 to 1, without steps, got 0.9 and steps 2"):
+    with pytest.raises(ValueError, match="repulsion has until, 0.9, and steps, 2: give one"):
         Repulsion(1.0, steps=2, until=0.9)
 
 

@@ -49,6 +49,24 @@ def test_what_lies_beside_does_not_stop_a_run(copy):
     assert (pixels(Pipeline.load(folder)(**CALL)) == pixels(Pipeline.load("tiny-turbo")(**CALL))).all()
 
 
+def test_a_damaged_t5_is_not_left_out_in_silence(copy):
+    folder = copy("tiny-sd3")
+    file = next((folder / "text_encoder_3").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(weights.CheckpointError, match="an interrupted download.*or remove it to paint without T5"):
+        Pipeline.load(folder)
+    other = weights.BUNDLED["tiny-turbo"] / "text_encoder_3"
+    assert Pipeline.load(folder, text_encoders=str(other)).files["t5"] == str(other)  # one path, not a list
+    shutil.rmtree(file.parent)
+    assert "t5" not in Pipeline.load(folder).files
+
+
+def test_a_variant_of_another_family_is_refused(copy):
+    with pytest.raises(weights.CheckpointError, match="of another family than variant flux1-dev: leave it out"):
+        Pipeline.load(copy("tiny-turbo", settings=False), variant="flux1-dev")
+
+
 def test_what_was_taken_from_where_is_said_and_written(copy, call, capsys, tmp_path):
     folder = copy("tiny-turbo", settings=False)
     size = ("--height", "64", "--width", "64", "--images", "2", "--steps", "1", "--strength", "1")

@@ -160,6 +160,7 @@ def test_without_a_default_a_strength_is_asked_for():
     (["a circle", "--image", str(PICTURE)], "image: this checkpoint edits no pictures"),
     (["a circle", "--true-guidance", "3"], "true_guidance is for distilled FLUX"),
     (["a circle", "--skip-scale", "3"], "--skip-scale needs --skip-layers"),
+    (["a circle", "--repel-steps", "1", "--repel-until", "0.5"], "--repel-steps and --repel-until both say when"),
     (["a circle", "--skip-layers", "7-9"], "skips layer 9, but this model's dual-stream blocks end at 7"),
 ])  # fmt: skip
 def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, arguments, message):
@@ -169,7 +170,8 @@ def test_wrong_calls_end_in_one_line_and_write_nothing(call, tmp_path, capsys, a
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--branches", "both"],
+@pytest.mark.parametrize("arguments", [["a circle", "--blocks", "0-"], ["a circle", "--blocks", "3-1"],
+                                       ["a circle", "--branches", "both"],
                                        ["a circle", "--skip-layers", "middle"], []])
 def test_arguments_that_cannot_be_parsed_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:

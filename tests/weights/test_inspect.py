@@ -101,7 +101,8 @@ def test_files_with_a_transformer(described, tmp_path, name, manifest, variant, 
     assert found.missing.keys() == lacks
     tensors = 2 * sum(torch.Size(shape).numel() for shape in shapes_of(manifest).values())
     assert sum(part["bytes"] for part in (transformer, *about.values())) == tensors
-    for given in ("flux1-schnell", "sd3.5-medium"):  # the caller knows better than name and sizes
+    for given in {"flux": ("flux1-schnell", "flux1-dev"), "sd3": ("sd3-medium", "sd3.5-medium")}[found.family]:
+        # the caller knows better than name and sizes
         assert weights.inspect_checkpoint(file, variant=given).variant == given
     with pytest.raises(CheckpointError, match="variant must be one of flux1-kontext-dev, .*, got 'flux'"):
         weights.inspect_checkpoint(file, variant="flux")
@@ -273,7 +274,7 @@ def test_a_network_that_cannot_be_loaded_is_shown_with_the_reason(call, tmp_path
 @pytest.mark.parametrize(("tensors", "first"), [({"something.else": (2,)}, "something.else"), ({}, "none at all")])
 def test_files_of_no_network_say_so(tmp_path, tensors, first):
     file = sparse_file(tmp_path / "wrong.safetensors", tensors)
-    message = rf"wrong\.safetensors is no part of FLUX\.1 or SD3 .* \(its first tensor: {first}\): give another file"
+    message = rf"wrong\.safetensors is no part of FLUX\.1, FLUX\.2 or SD3 .* \(its first tensor: {first}\): give"
     with pytest.raises(CheckpointError, match=message):
         weights.inspect_checkpoint(file)
 

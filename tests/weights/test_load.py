@@ -241,6 +241,10 @@ def test_missing_unknown_and_misshapen_tensors_are_named(stored):
     save_file({n: t for n, t in whole.items() if n != name}, stored)
     with pytest.raises(CheckpointError, match=rf"x\.safetensors .* lacks 1 of .* first {name} of shape \(512,\)"):
         load_transformer(stored)
+    query = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"  # by which blocks are counted, too
+    save_file({n: t for n, t in whole.items() if n != query}, stored)
+    with pytest.raises(CheckpointError, match=rf"lacks 1 of .* first {query}"):
+        load_transformer(stored)
     save_file(whole | {name: torch.ones(7)}, stored)
     with pytest.raises(CheckpointError, match=rf"safetensors: tensor {name} is F32 of shape \(7,\), expected \(512,\)"):
         load_transformer(stored)

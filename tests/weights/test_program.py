@@ -1,6 +1,7 @@
 """`python -m weights` as a program: what it prints and returns, and that it and the loaders judge alike."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_the_table_and_the_json_say_the_same(file, monkeypatch, capsys):
     parameters = sum(p.numel() for p in MMDiT(SD3).parameters())
     assert about["parts"]["transformer"]["parameters"] == parameters
     assert f"{parameters / 1e6:,.1f} M" in out
+
+
+def test_a_damaged_part_of_a_folder_is_a_problem_and_a_file_beside_is_none(tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(weights.BUNDLED["tiny-turbo"], tmp_path / "x")
+    (folder / "broken.safetensors").write_bytes(b"\x99" * 50)
+    assert run(monkeypatch, capsys, folder)[0] == 0
+    file = next((folder / "transformer").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert run(monkeypatch, capsys, folder)[0] == 2
+    file.write_bytes(whole)
+    shutil.rmtree(folder / "vae")
+    assert run(monkeypatch, capsys, folder)[0] == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -159,8 +159,9 @@ def test_a_variant_that_is_guessed_says_so(tmp_path, path, manifest, variant, to
     file = sparse_file(tmp_path / "x" / "y" / path, shapes_of(manifest))
     found = weights.inspect_checkpoint(file)
     assert found.variant == variant and found.told.startswith(told) and bool(found.told) == bool(told)
-    given = weights.inspect_checkpoint(file, variant="flux1-kontext-dev")
-    assert (given.variant, given.told.split(",")[0]) == ("flux1-kontext-dev", "as given")
+    other = {"flux": "flux1-kontext-dev", "sd3": "sd3.5-large"}[found.family]
+    given = weights.inspect_checkpoint(file, variant=other)
+    assert (given.variant, given.told.split(",")[0]) == (other, "as given")
     with pytest.raises(CheckpointError, match="variant must be one of flux1-kontext-dev, .* got 'flux2'"):
         weights.inspect_checkpoint(file, variant="flux2")
 
