@@ -100,7 +100,7 @@ def tune(args: argparse.Namespace, folder: Path) -> None:
     pipeline = Pipeline.load(args.model, dtype=getattr(torch, args.dtype or "", None), offload=args.offload)
     own = pipeline.defaults.repulsion or Repulsion(strength=1.0)
     said = {} if args.blocks is None else {"blocks": args.blocks}
-    said |= {} if args.steps is None else {"steps": args.steps, "until": None}
+    said |= {} if args.repel_steps is None else {"steps": args.repel_steps, "until": None}
     start = Measured(**vars(replace(own, scale=None, strength=1.0, iterations=1, **said)))
     start.check_blocks(pipeline.config.num_blocks)
     prompts = args.prompts or (CHOICE[::4] if pipeline.defaults.world == "tiny" else PROMPTS)
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2, help="groups a prompt (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, help="pictures in a group (default: %(default)s)")
     parser.add_argument("--blocks", type=blocks, help="all, first, middle, last, or indices such as 0-3,7")
-    parser.add_argument("--steps", type=int, help="τ, the steps that repel")
+    parser.add_argument("--repel-steps", type=int, help="τ, the first steps, which repel")
     parser.add_argument("--offload", choices=["parts", "blocks"], help="one network in memory at a time; or one block")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; GPU: bfloat16")
     parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder for pictures, replaced")

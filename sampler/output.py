@@ -31,7 +31,7 @@ def grid(pictures: list[Image.Image], columns: int | None = None) -> Image.Image
 def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Image:
     """Labeled grids next to each other under a title."""
     size = max(15, sheets[0][1].height // 18)
-    font, large = ImageFont.load_default(size), ImageFont.load_default(round(1.25 * size))
+    large = ImageFont.load_default(round(1.25 * size))
     top, label, gap = round(2.2 * size), round(1.8 * size), 2 * GAP
     width = sum(sheet.width for _, sheet in sheets) + gap * (len(sheets) - 1)
     picture = Image.new("RGB", (width, top + label + sheets[0][1].height), "white")
@@ -40,7 +40,8 @@ def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Ima
     x = 0
     for name, sheet in sheets:
         room = sheet.width - 2 * GAP
-        own = ImageFont.load_default(max(9, size * min(1, room / font.getlength(name))))  # the score is at its end
+        fonts = (ImageFont.load_default(smaller) for smaller in range(size, 8, -1))  # the score is at the name's end
+        own = next((one for one in fonts if one.getlength(name) <= room), ImageFont.load_default(9))
         draw.text((x + GAP, top + GAP // 2), fit(name, own, room), fill=(90, 90, 90), font=own)
         picture.paste(sheet, (x, top + label))
         x += sheet.width + gap

@@ -194,6 +194,10 @@ def note(pipeline: Pipeline, group: Group) -> None:
             parse(group.args.prompt)
         except ValueError as error:
             print(f"note: outside the language of this checkpoint: {error}", file=sys.stderr)
+        usual = pipeline.defaults.height
+        other = {group.args.height, group.args.width} - {None, usual}
+        if other and not any(side % pipeline.multiple for side in other):  # an error, likewise
+            print(f"note: this checkpoint learned pictures of {usual} × {usual} pixels alone", file=sys.stderr)
 
 
 def write(folder: Path, pictures: dict, found: dict, group: Group, files: dict) -> dict:

@@ -66,8 +66,8 @@ def test_the_proposal_is_the_largest_gain_that_keeps_the_prompt():
 
 def test_the_program_proposes_and_shows(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "STRENGTHS", (0.5,))
-    monkeypatch.setattr("sys.argv", ["tune", "--prompts", "a circle", "--seeds", "1", "--images", "2", "--steps", "1",
-                                     "--out", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["tune", "--prompts", "a circle", "--seeds", "1", "--images", "2",
+                                     "--repel-steps", "1", "--out", str(tmp_path / "out")])
     assert tune.main() == 0
     printed = capsys.readouterr().out
     assert "| base |" in printed and "| 0.5 |" in printed
@@ -91,7 +91,7 @@ def test_steps_take_the_place_of_a_noise_level(monkeypatch, tmp_path):
     turbo.defaults = replace(turbo.defaults, repulsion=Repulsion(0.5, until=0.95))  # as FLUX.2-klein has it
     monkeypatch.setattr(tune.Pipeline, "load", lambda *_, **__: turbo)
     monkeypatch.setattr(tune, "paint", painted)
-    monkeypatch.setattr("sys.argv", ["tune", "--steps", "3", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["tune", "--repel-steps", "3", "--out", str(tmp_path / "out")])
     with pytest.raises(Found) as found:
         tune.main()
     (settings,) = found.value.args

@@ -271,6 +271,11 @@ def test_a_single_picture_repels_nothing_is_said(call, capsys):
         assert "note:" not in capsys.readouterr().err
 
 
+def test_another_size_than_was_learned_is_said(call, capsys):
+    assert call("a star", "--images", "2", "--steps", "1", "--no-compare", "--width", "64") == 0
+    assert "note: this checkpoint learned pictures of 128 × 128 pixels alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prompt,said", [
     ("a cat", "unknown word 'cat' in 'a cat'; known words: circle square"),
     ("a huge star", "unknown word 'huge' in 'a huge star'; known words: circle"),
