@@ -176,6 +176,7 @@ def test_the_lab_paints_with_the_solutions_what_the_pipeline_paints(monkeypatch)
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # as in test_notebooks.py
     notebook, answers = nbformat.read(NOTEBOOKS / "lab.ipynb", as_version=4), solutions("lab")
     for cell in notebook.cells:
         if cell.cell_type == "code":
