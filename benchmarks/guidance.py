@@ -11,10 +11,10 @@ best. More guidance makes pictures more alike and buys nothing.
 
 import argparse
 from pathlib import Path
+from statistics import fmean as mean
 
 from sampler import Pipeline, output
 
-from .paper.measures import mean
 from .prompts import CHOICE, full_prompts
 from .samples import measure
 

@@ -8,6 +8,7 @@ draw there. 95 % intervals, over the prompts.
 
 import argparse
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 
@@ -19,7 +20,7 @@ from tiny.drawing import wrong_pixels
 from tiny.reader import adherence, attribute_vectors, read
 from weights import BUNDLED
 
-from .paper.measures import mean, unreadable
+from .paper.measures import unreadable
 from .paper.tables import columns
 from .prompts import full_prompts
 from .sheets import sheet, stacked

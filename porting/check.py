@@ -12,7 +12,8 @@ from .stages import Entry, networks
 
 
 class Row(NamedTuple):
-    """The result for one tensor, and the mistake that reproduces the port's tensor from the kit's."""
+    """The result for one tensor, and the mistake that reproduces the port's tensor from the kit's: "" if none of those
+    that were tried does, None if none was tried."""
 
     entry: Entry
     passed: bool | None  # None: it is missing
@@ -42,7 +43,7 @@ def compare(kit: Kit, theirs: dict[str, Tensor], fed: bool = False, dtype: str =
                 with suppress(OSError, ValueError):  # without the checkpoint, mistakes in formulas alone are found
                     weights = weights if weights.networks else Weights(networks(kit.run["model"]))
                 if fed or not wrong & {*entry.inputs.values()}:  # else it follows from its inputs' deviations
-                    cause = find(entry, kit.tensors, weights, found.double())
+                    cause = find(entry, kit.tensors, weights, found.double()) or ""
                 wrong.add(entry.name)
             rows.append(Row(entry, off <= tolerance, f"{off:.1e} of {tolerance:.1e}", cause))
     return rows
@@ -82,7 +83,7 @@ def report(rows: list[Row], fed: bool = False) -> str:
         usual = [*dict.fromkeys(words for _, words in edits(first))]
         if wrong[0].cause:
             lines.append(f"  found: {wrong[0].cause} (with this mistake the kit's tensors give yours)")
-        elif usual and "shape" not in wrong[0].said:  # of the wrong shape, none was tried
+        elif usual and wrong[0].cause is not None:
             lines.append("  usual causes, of which none gives your tensor:" + "".join(f"\n    {x}" for x in usual))
         lines += [f"also found at {row.entry.name}: {row.cause}" for row in wrong[1:] if row.cause]
         if len(wrong) > 1 and not fed:

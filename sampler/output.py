@@ -40,9 +40,9 @@ def side_by_side(sheets: list[tuple[str, Image.Image]], title: str) -> Image.Ima
     x = 0
     for name, sheet in sheets:
         room = sheet.width - 2 * GAP
-        fonts = (ImageFont.load_default(smaller) for smaller in range(size, 8, -1))  # the score is at the name's end
-        own = next((one for one in fonts if one.getlength(name) <= room), ImageFont.load_default(9))
-        draw.text((x + GAP, top + GAP // 2), fit(name, own, room), fill=(90, 90, 90), font=own)
+        fonts = [ImageFont.load_default(smaller) for smaller in range(size, 8, -1)]  # the score is at the name's end
+        font = next((font for font in fonts if font.getlength(name) <= room), fonts[-1])
+        draw.text((x + GAP, top + GAP // 2), fit(name, font, room), fill=(90, 90, 90), font=font)
         picture.paste(sheet, (x, top + label))
         x += sheet.width + gap
     return picture

@@ -80,7 +80,7 @@ def main() -> int:
         home = f"{found.path if found.path.is_dir() else found.path.parent}/"
         text = json.dumps(about, indent=2, ensure_ascii=False, default=str) if args.json else table(about, home)
         problem, bad = (any(part[key] for part in about["parts"].values()) for key in ("problem", "NaN or inf"))
-        problem |= any(isinstance(what, Exception) and not place.is_file() for place, what in found.beside.items())
+        problem |= bool(found.damaged)
         print(text + "\n\nNaN or inf  in no tensor" * (args.check and not bad and not args.json), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -100,6 +100,10 @@ FAMILIES = {
             "tokenizer of clip_g": "tokenizer_2/", "tokenizer of t5": "tokenizer_3/, with t5"},
 }
 
+# The family of each pipeline that a hub folder's model_index.json names.
+PIPELINES = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux", "Flux2Pipeline": "flux2",
+             "Flux2KleinPipeline": "flux2", "Flux2KleinKVPipeline": "flux2", "StableDiffusion3Pipeline": "sd3"}
+
 
 def told(main: "Part | None", given: str | None, index: configs.Json) -> tuple[str | None, str]:
     """The public checkpoint that a transformer is taken for, and how that is known; `index` is model_index.json."""

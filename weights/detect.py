@@ -14,7 +14,7 @@ from torch import nn
 import mmdit
 
 from . import configs, tables
-from .checkpoints import FAMILIES, told
+from .checkpoints import FAMILIES, PIPELINES, told
 from .files import PICKLES, STEMS, SUFFIXES, TensorEntry, find_weights, lacking, list_tensors, read_json, resolve
 from .layouts import CheckpointError, Layout, Sizes
 
@@ -180,8 +180,16 @@ class Checkpoint:
     missing: dict[str, str]  # what a pipeline of the family lacks: where the public checkpoints have it
     beside: dict[Path, Exception | str]  # other weight files there: why each was refused, or what it holds
 
+    @property
+    def damaged(self) -> dict[str, Exception]:
+        """By role, what is wrong with what stands in a missing part's place: it cannot be read, or is not whole."""
+        return {role: error for role, where in self.missing.items() for place, error in self.beside.items()
+                if isinstance(error, Exception) and (place.name == where.split("/")[0] or role in place.name)
+                and ("optional" not in where or place.exists())}
+
     def check(self) -> None:
-        """Raises FileNotFoundError where a pipeline lacks parts, with the errors of the files that were refused."""
+        """Raises FileNotFoundError where a pipeline lacks parts, with the errors of the files that were refused, and
+        CheckpointError where a part that may be left out is there and damaged."""
         lacks = [f"{name} ({where})" for name, where in self.missing.items()
                  if "optional" not in where and ("with t5" not in where or "t5" in self.parts)]
         refused = [str(error) for error in self.beside.values() if isinstance(error, Exception)]
@@ -189,10 +197,8 @@ class Checkpoint:
             raise FileNotFoundError("; ".join([
                 f"{self.path} is no whole pipeline, it lacks {', '.join(lacks) or 'a transformer'}: put them there, or "
                 "give autoencoder, text_encoders or tokenizers", *refused]))
-        for place, error in self.beside.items():  # SD3's, without which it would paint otherwise
-            cut = isinstance(error, Exception) and place.exists() and "t5" in self.missing
-            if cut and ("t5" in place.name or place.name == "text_encoder_3"):
-                raise CheckpointError(f"{error}; or remove it to paint without T5")
+        for role, error in self.damaged.items():  # without SD3's T5 it would paint otherwise
+            raise CheckpointError(f"{error}; or remove it to paint without {role.upper()}")
 
 
 def inspect_checkpoint(path: PathLike | None = None, *, transformer: PathLike | None = None,
@@ -282,12 +288,9 @@ def _main(root: Path, parts: list[Part]) -> Part | None:
 def _pipeline_family(folder: Path) -> str | None:
     """The family that a folder's model_index.json names. Raises CheckpointError for another pipeline's."""
     name = (read_json(folder / "model_index.json") or {}).get("_class_name")
-    family = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux", "Flux2Pipeline": "flux2",
-              "Flux2KleinPipeline": "flux2", "Flux2KleinKVPipeline": "flux2",
-              "StableDiffusion3Pipeline": "sd3"}.get(str(name))
-    if name and not family:
+    if name and str(name) not in PIPELINES:
         raise CheckpointError(f"{folder} is a {name!s:.60}, not FLUX.1, FLUX.2 or SD3: give a folder of one of these")
-    return family
+    return PIPELINES.get(str(name))
 
 
 def _rank(part: Part, main: Part | None) -> tuple:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean as mean
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tiny.world import render, sample_scene
 
 from ..prompts import CHOICE
 from .embedding import Embedding
-from .measures import Interval, interval, kernel_distance, mean, to_scene, values_reached, vectors_of
+from .measures import Interval, interval, kernel_distance, to_scene, values_reached, vectors_of
 from .plan import FULL, GROUP, ablations, by_strength, pipeline_of, settings
 
 ALLOWED = 1, 2, 3  # points of adherence that a chosen setting may lose

@@ -57,14 +57,14 @@ class FeatureSelfGuidance(Inside):
             return image
         h = rearrange(image, "(g b) m d -> g b m d", b=place.samples)
         gram = gram_matrix(h.cpu() if h.device.type == "mps" else h)  # MPS has no float64
-        objective = partial(falling, temperature=self.temperature)
+        objective = partial(dispersion_derivative, temperature=self.temperature)
         mixing, _ = mixing_matrix(gram, self.strength, None, self.iterations, objective, reg=0.0)
         pushed = torch.einsum("gij, gjmd -> gimd", torch.from_numpy(mixing).float().to(h.device), h.float())
         moved = rearrange(h + pushed, "g b m d -> (g b) m d").to(image.dtype)
         return (1 - self.mix) * moved + self.mix * again(moved)
 
 
-def falling(density: np.ndarray, temperature: float) -> np.ndarray:
+def dispersion_derivative(density: np.ndarray, temperature: float) -> np.ndarray:
     """−∂/∂K̃ of log mean_{i≠j} exp(B K̃_ij / τ), the objective's f′ for `repulsion.solvers`: (g, B, B) → (g, B, B)."""
     b = density.shape[-1]
     weights = np.exp((b * density - 1) / temperature) * (1 - np.eye(b))

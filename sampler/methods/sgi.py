@@ -22,7 +22,7 @@ EXACT = 20_000  # up to this many groups are all looked at: 8 of 16 are 12,870
 
 @dataclass(frozen=True)
 class GroupSelection(Method):
-    """Of M candidates keep, after each step, those that maximize Σ_{i<j} 1 − cos(x̂_i, x̂_j).
+    """Of M candidates keep, after each step, those that maximize Σ_{i<j} (1 − cos(x̂_i, x̂_j)).
 
     M, then ⌈(1 − pruning) M⌉, and so on, never fewer than the pictures asked for, and just these after the last step.
     x̂ = x − σ v is the picture predicted in the step, as a latent. The published sum has DINO features in its place, and
@@ -61,8 +61,8 @@ class GroupSelection(Method):
 def best_group(distance: Tensor, size: int) -> Tensor:
     """The group of `size` with the largest Σ_{i<j} distance_ij, as indices in ascending order.
 
-    distance (m, m) → (size,). Exact where there are at most EXACT groups; else greedy, then the best swap
-    again and again until none helps.
+    distance (m, m) → (size,). Exact where there are at most EXACT groups; else greedy, then the best swap again and
+    again until none helps.
     """
     distance = distance - distance.diagonal().diag()
     if math.comb(len(distance), size) <= EXACT:

@@ -31,7 +31,7 @@ from sampler.methods import (
     cno,
 )
 from sampler.methods.cno import contrastive
-from sampler.methods.fsg import falling
+from sampler.methods.fsg import dispersion_derivative
 from sampler.methods.inside import Inside, Place, in_first
 from sampler.methods.pink import pink
 from sampler.methods.stride import principal_components
@@ -191,7 +191,8 @@ def test_its_gradient_of_two_samples_is_the_cosines():
     # with one pair P is 1/2 for either order, so that the gradient of the mean is that of cos / τ
     a, b = torch.tensor([[3.0, 0.0], [2.0, 2.0]], dtype=torch.float64)
     h = torch.stack([a, b])
-    d = torch.from_numpy(-gradient_matrix((h @ h.mT)[None].numpy(), partial(falling, temperature=0.5), 0.0))[0]
+    objective = partial(dispersion_derivative, temperature=0.5)
+    d = torch.from_numpy(-gradient_matrix((h @ h.mT)[None].numpy(), objective, 0.0))[0]
     cosine = 1 / math.sqrt(2)
     expected = torch.stack([b / (3 * math.sqrt(8)) - cosine * a / 9, a / (3 * math.sqrt(8)) - cosine * b / 8]) / 0.5
     torch.testing.assert_close(d @ h, expected)

@@ -30,7 +30,8 @@ def randomize(module, seed=0):
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(seed)  # of the initialization too: whatever ran before
         for part in module.modules():
-            getattr(part, "reset_parameters", bool)()
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     return module.eval()

@@ -274,7 +274,8 @@ def test_a_network_that_cannot_be_loaded_is_shown_with_the_reason(call, tmp_path
 @pytest.mark.parametrize(("tensors", "first"), [({"something.else": (2,)}, "something.else"), ({}, "none at all")])
 def test_files_of_no_network_say_so(tmp_path, tensors, first):
     file = sparse_file(tmp_path / "wrong.safetensors", tensors)
-    message = rf"wrong\.safetensors is no part of FLUX\.1, FLUX\.2 or SD3 .* \(its first tensor: {first}\): give"
+    message = (r"wrong\.safetensors is no part of FLUX\.1, FLUX\.2 or SD3 .* "
+               rf"\(its first tensor: {first}\): give another file")
     with pytest.raises(CheckpointError, match=message):
         weights.inspect_checkpoint(file)
 

@@ -49,7 +49,6 @@ def test_a_file_larger_than_the_memory_opens(tmp_path):
     assert tensor[-1, -1] == 3 and tensor[0, 0] == 0 and read_stored(entry)[-1, -1] == 0
 
 
-
 def test_a_file_may_be_replaced_by_what_was_loaded_from_it(tmp_path):
     file = tmp_path / "x.safetensors"
     save_transformer(randomize(MMDiT(SD3)), file)
