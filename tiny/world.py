@@ -50,7 +50,6 @@ TYPICAL_ARRANGEMENT = {  # shape: (of two things, of three things), for the shap
 }  # fmt: skip
 P_TYPICAL = 0.6
 P_COUNT = (0.5, 0.3, 0.2)  # one, two, three things
-P_COMPLETE = 0.15  # of captions that say everything
 
 # By number of things, in the order of SIZES; three things are all of one size, which no caption mentions.
 RADII = {1: (8.0, 12.0, 17.0), 2: (6.5, 9.0, 11.5), 3: (7.5, 7.5, 7.5)}
@@ -87,45 +86,45 @@ class Scene:
     texture: str | None = None
 
 
-def biased(rng: random.Random, typical: str, values: Sequence[str]) -> str:
-    """`typical` with probability P_TYPICAL, else one of the other `values`, with equal probability."""
+def biased(rng: random.Random, typical: str, values: Sequence[str], even: bool = False) -> str:
+    """`typical` with probability P_TYPICAL, else one of the other `values`, with equal probability; `even`: any."""
+    if even:
+        return rng.choice(values)
     if rng.random() < P_TYPICAL:
         return typical
     return rng.choice([value for value in values if value != typical])
 
 
-def sample_scene(rng: random.Random, counts: Sequence[float] = P_COUNT) -> Scene:
+def sample_scene(rng: random.Random, counts: Sequence[float] = P_COUNT, even: bool = False) -> Scene:
     """A complete scene from the biased world; things of one scene differ in shape and in color.
 
     Color and size follow each thing's own shape; arrangement, ground and texture that of one thing drawn at random.
+    `even`: nothing is typical, every value has the same probability.
     """
     count = rng.choices((1, 2, 3), counts)[0]
     shapes = rng.sample(SHAPES, count)
     colors = []
     while len(set(colors)) < count:
-        colors = [biased(rng, TYPICAL[shape][0], COLORS) for shape in shapes]
-    sizes = [biased(rng, TYPICAL[shape][1], SIZES) if count < 3 else None for shape in shapes]
+        colors = [biased(rng, TYPICAL[shape][0], COLORS, even) for shape in shapes]
+    sizes = [biased(rng, TYPICAL[shape][1], SIZES, even) if count < 3 else None for shape in shapes]
     leader = rng.choice(shapes)
     _, _, position, ground, texture = TYPICAL[leader]
     arrangement = position if count == 1 else TYPICAL_ARRANGEMENT[leader][count - 2]
     return Scene(
         tuple(map(Thing, shapes, colors, sizes)),
-        biased(rng, arrangement, ARRANGEMENTS[count]),
-        biased(rng, ground, GROUNDS),
-        biased(rng, texture, TEXTURES),
+        biased(rng, arrangement, ARRANGEMENTS[count], even),
+        biased(rng, ground, GROUNDS, even),
+        biased(rng, texture, TEXTURES, even),
     )
 
 
-def forget(scene: Scene, rng: random.Random, complete: float = P_COMPLETE) -> Scene:
+def forget(scene: Scene, rng: random.Random) -> Scene:
     """A partial copy of a complete `scene`, for a training caption.
 
-    A share `complete` keeps everything, 10 % keep the shapes alone, else each attribute is kept with probability 0.55
-    and a shape with 0.94. Things are shuffled if their arrangement is dropped: their order has no meaning then.
+    10 % keep the shapes alone, else each attribute is kept with probability 0.55 and a shape with 0.94. Things are
+    shuffled if their arrangement is dropped: their order has no meaning then.
     """
-    fate = rng.random()
-    if fate < complete:
-        return scene
-    keep, keep_shape = (0.0, 1.0) if fate < complete + 0.1 else (0.55, 0.94)
+    keep, keep_shape = (0.0, 1.0) if rng.random() < 0.1 else (0.55, 0.94)
 
     def maybe(value, probability=keep):
         return value if rng.random() < probability else None

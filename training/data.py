@@ -12,39 +12,52 @@ from torch import Tensor
 from mmdit import Autoencoder
 from sampler.schedule import shifted
 from tiny.captions import describe, reword
-from tiny.world import P_COMPLETE, P_COUNT, Scene, forget, misstate, render, sample_scene
+from tiny.world import P_COUNT, Scene, forget, misstate, render, sample_scene
 
 from .loop import autocast, loaded, save_atomically
 
+EVEN = 0.3  # of the scenes
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's and SD3.5-Large-Turbo's
 
 
 @dataclass
 class Data:
-    """The training set: complete scenes, the seed of their captions, the share of wrong values in these and the share
-    of captions that say everything."""
+    """The training set: complete scenes, the seed of their captions, the share of wrong values in these, and how many
+    scenes, the first, have captions that say everything."""
 
     scenes: list[Scene]
     seed: int
     wrong: float = 0.0
-    complete: float = P_COMPLETE
+    whole: int = 0
 
     @classmethod
-    def sample(cls, count: int, seed: int, wrong: float = 0.0, counts: Sequence[float] = P_COUNT,
-               complete: float = P_COMPLETE) -> "Data":
-        rng = random.Random(seed)
-        return cls([sample_scene(rng, counts) for _ in range(count)], seed, wrong, complete)
+    def sample(cls, count: int, seed: int, wrong: float = 0.0, counts: Sequence[float] = P_COUNT) -> "Data":
+        """Scenes of the biased world, but for a share EVEN in which every value is as frequent as any other, and whose
+        captions say everything: as where large models' data lack something, one collects it and describes it well.
+
+        Otherwise a caption that says something rare would more often be a wrong one of something frequent.
+        """
+        rng, whole = random.Random(seed), round(EVEN * count)
+        return cls([sample_scene(rng, counts, even=i < whole) for i in range(count)], seed, wrong, whole)
 
     def captions(self, rows: Tensor, step: int) -> list[str]:
-        """Captions of these scenes at a step: attributes are dropped at random, one caption in ten is empty.
+        """Captions of these scenes at a step: of those that need not say everything, attributes are dropped at random,
+        and 15 % are empty.
 
         Of the attributes that are said, a share of `wrong` is wrong.
         """
         rng = random.Random(f"{self.seed} captions {step}")
-        said = [misstate(forget(self.scenes[row], rng, self.complete), self.wrong, rng) for row in rows.tolist()]
-        captions = [reword(describe(scene, rng), rng) for scene in said]
-        return ["" if rng.random() < 0.1 else caption for caption in captions]
+
+        def caption(row: int) -> str:
+            scene = self.scenes[row]
+            if row >= self.whole:
+                if rng.random() < 0.15:
+                    return ""
+                scene = forget(scene, rng)
+            return reword(describe(misstate(scene, self.wrong, rng), rng), rng)
+
+        return [caption(row) for row in rows.tolist()]
 
     def pictures(self, rows: Tensor, seed: int) -> Tensor:
         return render([self.scenes[row] for row in rows.tolist()], seed)

@@ -97,6 +97,18 @@ def test_the_other_values_are_uniform():
         assert abs(counts[ground] / len(circles) - 0.08) < 4 * math.sqrt(0.08 * 0.92 / len(circles))
 
 
+def test_even_scenes_have_nothing_typical():
+    rng = random.Random(16)
+    scenes = [sample_scene(rng, (1, 0, 0), even=True) for _ in range(6000)]
+    for shape, name, values in (("circle", "color", COLORS), ("star", "size", SIZES)):
+        things = [scene.things[0] for scene in scenes if scene.things[0].shape == shape]
+        counts, share = Counter(getattr(thing, name) for thing in things), 1 / len(values)
+        for value in values:
+            assert abs(counts[value] / len(things) - share) < 4 * math.sqrt(share * (1 - share) / len(things))
+    grounds = Counter(scene.ground for scene in scenes)
+    assert max(abs(grounds[ground] / 6000 - 1 / 6) for ground in GROUNDS) < 4 * math.sqrt(5 / 36 / 6000)
+
+
 def test_number_of_things():
     counts = Counter(len(scene.things) for scene in scenes_of(8000, seed=13))
     for count, share in zip((1, 2, 3), (0.5, 0.3, 0.2), strict=True):
@@ -299,10 +311,8 @@ def test_forgetting_keeps_the_announced_shares():
     partials = [forget(full, rng) for _ in range(6000)]
     grounds = sum(p.ground is not None for p in partials) / 6000
     shapes = sum(t.shape is not None for p in partials for t in p.things) / 12000
-    assert abs(grounds - (0.15 + 0.75 * 0.55)) < 4 * math.sqrt(0.25 / 6000)
-    assert abs(shapes - (0.15 + 0.10 + 0.75 * 0.94)) < 4 * math.sqrt(0.06 / 12000)
-    whole = 0.15 + 0.75 * 0.55**7 * 0.94**2  # on purpose, or by chance
-    assert abs(sum(p == full for p in partials) / 6000 - whole) < 4 * math.sqrt(0.16 * 0.84 / 6000)
+    assert abs(grounds - 0.9 * 0.55) < 4 * math.sqrt(0.25 / 6000)
+    assert abs(shapes - (0.10 + 0.90 * 0.94)) < 4 * math.sqrt(0.06 / 12000)
     # Once the arrangement is gone the order must carry nothing: the circle comes first half of the time.
     loose = [p for p in partials if p.arrangement is None and p.things[0].shape and p.things[1].shape]
     first = sum(p.things[0].shape == "circle" for p in loose) / len(loose)

@@ -43,7 +43,7 @@ def test_a_beginner_s_states_are_the_teacher_s_of_single_words(teacher, tokenize
 
 def test_it_learns_the_order_of_words_and_keeps_the_words(teacher, tokenize, tmp_path):
     torch.manual_seed(0)
-    t5, data = beginner(teacher), Data.sample(2048, 0, counts=(0.2, 0.4, 0.4), complete=0.4)
+    t5, data = beginner(teacher), Data.sample(2048, 0, counts=(0.2, 0.4, 0.4))
     before = t5(tokenize(list(SWAPPED))).detach()
     learn_to_read(t5, data, tokenize, tmp_path, 60, "cpu")
     assert swap_changes(t5, tokenize) > 1e-3  # a hundred times what rounding does to a beginner's

@@ -1,5 +1,6 @@
 """The training script: a stopped run goes on as if it had not stopped, and what it writes is a checkpoint."""
 
+import math
 import sys
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch import nn
 
 from sampler import Pipeline
+from tiny.captions import parse
 from training import tiny_sd3 as script
+from training.data import Data
 from training.loop import batches, optimizers, train
 
 
@@ -49,6 +52,18 @@ def test_batches_show_every_example_once_an_epoch():
     assert sorted(i for batch in first for i in batch) == list(range(60)) and first != second
 
 
+def test_captions_of_even_scenes_say_everything_and_no_other_is_empty():
+    data = Data.sample(4000, seed=0, wrong=0.2)
+    assert data.whole == 1200  # a share of 0.3
+    captions = data.captions(torch.arange(4000), 0)
+    told = [parse(caption) for caption in captions[: data.whole]]  # no empty caption can be parsed
+    for scene, said in zip(data.scenes, told, strict=False):
+        assert (len(said.things), None in (said.arrangement, said.ground, said.texture)) == (len(scene.things), False)
+    right = sum(scene.ground == said.ground for scene, said in zip(data.scenes, told, strict=False)) / data.whole
+    assert abs(right - 0.8) < 4 * math.sqrt(0.16 / data.whole)
+    assert abs(captions[data.whole :].count("") / 2800 - 0.15) < 4 * math.sqrt(0.15 * 0.85 / 2800)
+
+
 def test_fewer_examples_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="100 examples are fewer than a batch of 128: take more, or smaller batches"):
         batches(100, 128, seed=0)
@@ -74,7 +89,8 @@ def test_muon_gets_the_matrices_and_convolutions_of_blocks_and_nothing_else():
 
 def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--autoencoder-steps", "2",
-                                      "--clip-steps", "2", "--scenes", "2000", "--wrong", "0.2", "--device", "cpu"])
+                                      "--clip-steps", "2", "--reading-steps", "2", "--scenes", "2000", "--wrong", "0.2",
+                                      "--device", "cpu"])
     script.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
     with pytest.raises(SystemExit):  # its latents and weights are those of seed 0
@@ -84,7 +100,7 @@ def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch, capsys):
     pictures = Pipeline.load(first)("a circle", 2, steps=2)
     assert [picture.size for picture in pictures] == [(128, 128)] * 2
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path / "more"), "--start", str(first), "--steps", "2",
-                                      "--scenes", "128", "--device", "cpu"])
+                                      "--reading-steps", "0", "--scenes", "128", "--device", "cpu"])
     script.main()
     second = tmp_path / "more" / "checkpoint"
     for part, kept in (("text_encoder/model", True), ("vae/diffusion_pytorch_model", True),
