@@ -62,7 +62,8 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
-    context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
+    with torch.no_grad():
+        context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
     rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
     student.rope = lambda *_: rope  # all examples have the same positions
 
