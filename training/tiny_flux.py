@@ -30,7 +30,7 @@ from .tiny_sd3 import start_at_zero
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
-SAMPLING = {"steps": 20, "guidance": 5.0, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
+SAMPLING = {"steps": 20, "guidance": 7.0, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
             "repulsion": {"strength": 0.5, "steps": 4}}
 
 

@@ -23,8 +23,11 @@ def test_the_largest_gain_among_those_that_lose_no_more_is_chosen():
 
 
 def test_the_guidance_to_ship_is_the_lowest_within_half_a_point_of_the_best():
-    assert lowest_as_good({1: 0.94, 2: 0.984, 3: 0.988, 4.5: 0.99, 6: 0.991}) == 3  # 0.984: 0.7 points below
-    assert lowest_as_good({6: 0.9, 1: 0.895}) == 1
+    full = {1: 0.94, 2: 0.984, 3: 0.988, 4.5: 0.99, 6: 0.991}
+    assert lowest_as_good({scale: (kept,) for scale, kept in full.items()}) == 3  # 0.984: 0.7 points below
+    assert lowest_as_good({6: (0.9, 0.8), 1: (0.895, 0.8)}) == 1
+    assert lowest_as_good({6: (0.9, 0.8), 1: (0.895, 0.79)}) == 6
+    assert lowest_as_good({6: (0.9, 0.8), 1: (0.89, 0.81)}) is None  # each is best at one kind
 
 
 def row(setting, prompt, seed, vendi, adherence, images=4):
