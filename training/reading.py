@@ -55,17 +55,17 @@ def answers(caption: str) -> list[int]:
             for name, value in zip(QUESTIONS, said, strict=True)]
 
 
-def beginner(t5: T5Encoder) -> T5Encoder:
-    """A T5 that starts with the states which this one has for each token alone, and layers that add nothing yet.
+def beginner(teacher: T5Encoder) -> T5Encoder:
+    """A T5 that starts with the states which the teacher's has for each token alone, and layers that add nothing yet.
 
-    One that was trained from the start beside two CLIPs, which know the order of words, cannot learn more: it became a
+    The teacher's own cannot learn more: it was trained beside two CLIPs, which know the order of words, and became a
     table of words, whose MLPs add vectors a hundred times as long as its attention does.
     """
-    ids = torch.arange(t5.config.vocab_size, device=t5.token_embedding.weight.device)
-    student, states = T5Encoder(t5.config).to(ids.device), rearrange(t5(ids[:, None]), "b 1 d -> b d")
+    ids = torch.arange(teacher.config.vocab_size, device=teacher.token_embedding.weight.device)
+    student, states = T5Encoder(teacher.config).to(ids.device), rearrange(teacher(ids[:, None]), "b 1 d -> b d")
     with torch.no_grad():
-        student.final_norm.weight.copy_(t5.final_norm.weight)
-        student.token_embedding.weight.copy_(states / t5.final_norm.weight)  # of norm 1 already
+        student.final_norm.weight.copy_(teacher.final_norm.weight)
+        student.token_embedding.weight.copy_(states / teacher.final_norm.weight)  # of norm 1 already
     for layer in student.layers:
         nn.init.zeros_(layer.attention.out.weight)
         nn.init.zeros_(layer.mlp.out.weight)

@@ -1,15 +1,14 @@
 """Train the checkpoint `tiny-flux`, a small FLUX.1-dev: `python -m training.tiny_flux --help`.
 
 Dual- and single-stream blocks, rotary positions, CLIP's pooled vector and T5's context; autoencoder, tokenizers and
-CLIP are those of `tiny-sd3`. T5 starts as its T5 and is trained with the transformer, since it alone says here what
-belongs to what. Like FLUX.1-dev it is guidance-distilled: in one pass, conditioned on the guidance scale,
+CLIP are those of `tiny-sd3`. T5 is its own, since it alone says here what belongs to what (`reading.py`), and is
+trained with the transformer. Like FLUX.1-dev it is guidance-distilled: in one pass, conditioned on the guidance scale,
 it reproduces what classifier-free guidance computes from two passes of a teacher. The teacher is `tiny-sd3`, whose
 velocities, unlike those of training examples, are free of noise.
 """
 
 import argparse
 import math
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +23,14 @@ from weights import BUNDLED, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_flux
 from .loop import batches, options, train
+from .reading import beginner, learn_to_read
 from .teacher import FluxTextEncoders, Teacher, trusting
 from .tiny_sd3 import start_at_zero
 
 TRANSFORMER = MMDiTConfig(hidden_size=128, num_heads=4, num_dual_blocks=8, num_single_blocks=4, latent_channels=6,
                           context_dim=128, pooled_dim=48, rope_axes=(8, 12, 12), guidance_embedding=True)
 GUIDANCE = (1.0, 7.0)  # range of the guidance scale in training
-SAMPLING = {"steps": 20, "guidance": 7.0, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
+SAMPLING = {"steps": 20, "guidance": 4.0, "height": SIDE, "width": SIDE, "prompt_tokens": LENGTH, "world": "tiny",
             "repulsion": {"strength": 0.5, "steps": 4}}
 
 
@@ -62,7 +62,7 @@ def distill(teacher: Teacher, encoders: FluxTextEncoders, student: MMDiT, data: 
     """
     device = teacher.device
     pick, latents = batches(len(data.scenes), batch, data.seed + 2), latents.to(device)
-    with torch.no_grad():
+    with torch.no_grad():  # else T5's gradients would belong to another stream than a recorded step's
         context, empty = encoders(*[ids.to(device) for ids in teacher.tokenize([""])[::2]])
     rope = student.rope(context.shape[1], [latents[:1]], context.dtype)
     student.rope = lambda *_: rope  # all examples have the same positions
@@ -92,10 +92,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-flux"), help="work folder; runs can resume")
     parser.add_argument("--teacher", type=Path, default=BUNDLED["tiny-sd3"])
     parser.add_argument("--start", type=Path, help="continue from this tiny-flux (default: the teacher's blocks)")
+    parser.add_argument("--reading-steps", type=int, default=500, help="of T5 alone, anew (default: %(default)s); 0: "
+                        "--start's T5 is kept")
     parser.add_argument("--steps", type=int, default=1660)
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after this time")
     parser.add_argument("--batch", type=int, default=32, help="examples a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (AdamW; of Muon ten times)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate (AdamW; of Muon ten times); with "
+                        "1e-3 T5 forgot the order of words (default: %(default)s)")
     parser.add_argument("--shift", type=float, default=SHIFT, help="of the noise in training (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--seed", type=int, default=10)
@@ -109,8 +112,11 @@ def main() -> None:
     data = Data.sample(args.scenes, args.seed, counts=(0.3, 0.4, 0.3))
     where = {"dtype": torch.float32, "device": args.device}
     student = load_transformer(args.start, **where) if args.start else student_of(teacher.transformer).to(args.device)
-    t5 = trusting(load_text_encoder(args.start / "text_encoder_2", **where) if args.start else
-                  deepcopy(teacher.t5).requires_grad_(True))
+    if args.start and not args.reading_steps:
+        t5 = trusting(load_text_encoder(args.start / "text_encoder_2", **where))
+    else:
+        t5 = beginner(teacher.t5)
+        learn_to_read(t5, data, teacher.tokenizers[2], args.out, args.reading_steps, args.device)
     encoders = FluxTextEncoders(teacher, t5)
     if args.compile:
         for model in (student, teacher.transformer):

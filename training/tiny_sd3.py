@@ -2,8 +2,7 @@
 
 A small version of every part of Stable Diffusion 3.5, trained one after the other on the procedural world of
 `tiny/world.py`: tokenizers on its captions, an autoencoder on its pictures, two CLIP text encoders contrastively with
-gray pictures, the T5 encoder on questions about captions (`reading.py`), and last T5 jointly with the MMDiT, by flow
-matching. A run that was stopped continues when
+gray pictures, and last the T5 encoder jointly with the MMDiT, by flow matching. A run that was stopped continues when
 it is started again.
 """
 
@@ -37,7 +36,6 @@ from weights import load_autoencoder, load_text_encoder, load_transformer
 from .data import LENGTH, SHIFT, Data, encode, noised
 from .export import export_sd3
 from .loop import batches, options, train
-from .reading import beginner, learn_to_read
 from .teacher import TOKENIZERS, sd3_condition, trusting
 from .tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
@@ -196,8 +194,6 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=2400)
     parser.add_argument("--autoencoder-batch", type=int, default=16, help="its pictures a step (default: %(default)s)")
     parser.add_argument("--clip-steps", type=int, default=1200)
-    parser.add_argument("--reading-steps", type=int, default=500, help="of T5 alone (default: %(default)s); 0: "
-                        "--start's is kept as it is")
     parser.add_argument("--scenes", type=int, default=60_000, help="size of the training set")
     parser.add_argument("--wrong", type=float, default=0.18, help="share of what captions say that is wrong")
     parser.add_argument("--start", type=Path, help="continue from this checkpoint: T5 and the transformer are trained "
@@ -225,9 +221,6 @@ def main() -> None:
         train_autoencoder(autoencoder, data, args.out, args.autoencoder_steps, args.autoencoder_batch, args.device)
         clips = train_clips(data, tokenizers, args.out, args.clip_steps, args.device)
         t5, transformer = new_transformer(tokenizers[2].vocab_size)
-    if args.reading_steps:
-        t5 = beginner(t5.to(args.device))
-        learn_to_read(t5, data, tokenizers[2], args.out, args.reading_steps, args.device)
     if args.compile:
         compile_blocks(transformer, dynamic=False)
     latents = encode(autoencoder, data, args.out, args.device, measure=not args.start)

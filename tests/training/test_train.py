@@ -89,8 +89,7 @@ def test_muon_gets_the_matrices_and_convolutions_of_blocks_and_nothing_else():
 
 def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--steps", "2", "--autoencoder-steps", "2",
-                                      "--clip-steps", "2", "--reading-steps", "2", "--scenes", "2000", "--wrong", "0.2",
-                                      "--device", "cpu"])
+                                      "--clip-steps", "2", "--scenes", "2000", "--wrong", "0.2", "--device", "cpu"])
     script.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
     with pytest.raises(SystemExit):  # its latents and weights are those of seed 0
@@ -100,7 +99,7 @@ def test_from_nothing_to_a_folder_that_paints(tmp_path, monkeypatch, capsys):
     pictures = Pipeline.load(first)("a circle", 2, steps=2)
     assert [picture.size for picture in pictures] == [(128, 128)] * 2
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path / "more"), "--start", str(first), "--steps", "2",
-                                      "--reading-steps", "0", "--scenes", "128", "--device", "cpu"])
+                                      "--scenes", "128", "--device", "cpu"])
     script.main()
     second = tmp_path / "more" / "checkpoint"
     for part, kept in (("text_encoder/model", True), ("vae/diffusion_pytorch_model", True),
