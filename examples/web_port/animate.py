@@ -24,8 +24,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 parser = argparse.ArgumentParser(prog="python -m examples.web_port.animate", description=__doc__)
 parser.add_argument("--out", type=Path, default=ROOT / "docs" / "page.webp")
-parser.add_argument("--prompt", default="a star")
-parser.add_argument("--seed", type=int, default=2)
+parser.add_argument("--prompt", default="a triangle")
+parser.add_argument("--seed", type=int, default=3)
 parser.add_argument("--most", type=float, default=1.0, help="the largest strength (default: %(default)s)")
 args = parser.parse_args()
 
