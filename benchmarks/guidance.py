@@ -5,8 +5,8 @@ of pictures in which all are, and of 10,000 pixels those that are clearly not wh
 Over prompts that leave most to the model: the Vendi score of 4 pictures, and adherence. Writes a sheet of the pictures
 of the full prompts at the scale of the best adherence, none picked.
 
-Last it prints the guidance to ship: the lowest whose adherence is within half a point of the best, over the full prompts
-and over the open ones. More guidance makes pictures more alike and buys nothing.
+Last it prints the guidance to ship: the lowest whose adherence is within half a point of the best, over the full
+prompts and over the open ones. More guidance makes pictures more alike and buys nothing.
 """
 
 import argparse
