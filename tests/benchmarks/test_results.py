@@ -58,6 +58,15 @@ def test_the_tables_are_those_of_the_rows():
     assert made == (FOLDER / "tables.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_quotes_what_the_bundled_weights_do():
+    rows = finished(FOLDER.parent / "next" / "groups.jsonl") if OLD else ROWS
+    assert rows and not stale(rows)
+    readme = (FOLDER.parents[2] / "README.md").read_text(encoding="utf-8")
+    shipped = [line.split(" | ") for line in tables.report(rows, []).splitlines() if ", repelled | " in line]
+    for _, _, gain, _, _, points, _, change, *_ in shipped[: len(plan.REGIMES)]:
+        assert f"| {gain} | {points} | {change} |".replace("-", "−") in readme, (gain, points, change)
+
+
 def test_the_page_quotes_the_tables():
     made = (FOLDER / "tables.md").read_text(encoding="utf-8").splitlines()
     quoted = [line for line in PAGE.splitlines() if line.startswith("|") and "---" not in line]

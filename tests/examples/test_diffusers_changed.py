@@ -20,6 +20,7 @@ from sampler import Pipeline, starting_noise
 FLUX, SD3 = weights.BUNDLED["tiny-flux"], weights.BUNDLED["tiny-turbo"]
 NOISE = starting_noise(3, 3, (16, 16, 16))
 STRONG = Repulsion(strength=1.0, steps=2)
+GUIDANCE = 5.0  # tiny-flux's input
 
 
 def load(folder):
@@ -34,7 +35,7 @@ def paint(pipe, repulsion=None):
     call = {"num_images_per_prompt": 3, "num_inference_steps": 4, "height": 128, "width": 128,
             "max_sequence_length": 24,
             "latents": rearrange(NOISE, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2) if flux else NOISE,
-            "guidance_scale": 5.0 if flux else 0.0}
+            "guidance_scale": GUIDANCE if flux else 0.0}
     if repulsion is None:
         return pipe("a circle", **call).images
     with repelling(pipe, repulsion):
@@ -46,7 +47,8 @@ def ours(folder, transformer, tmp_path, push):
     copy = shutil.copytree(folder, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("transformer"))
     transformer.save_pretrained(copy / "transformer")
     pipeline = Pipeline.load(copy)
-    return [pipeline("a circle", 3, noise=NOISE, steps=4, repulsion=repulsion) for repulsion in (None, push)]
+    call = {"noise": NOISE, "steps": 4, "guidance": GUIDANCE if folder == FLUX else None}
+    return [pipeline("a circle", 3, **call, repulsion=repulsion) for repulsion in (None, push)]
 
 
 def check(pipe, folder, transformer, tmp_path, same=assert_same_pictures, push=STRONG):
