@@ -86,10 +86,8 @@ class Scene:
     texture: str | None = None
 
 
-def biased(rng: random.Random, typical: str, values: Sequence[str], even: bool = False) -> str:
-    """`typical` with probability P_TYPICAL, else one of the other `values`, with equal probability; `even`: any."""
-    if even:
-        return rng.choice(values)
+def biased(rng: random.Random, typical: str, values: Sequence[str]) -> str:
+    """`typical` with probability P_TYPICAL, else one of the other `values`, with equal probability."""
     if rng.random() < P_TYPICAL:
         return typical
     return rng.choice([value for value in values if value != typical])
@@ -101,20 +99,23 @@ def sample_scene(rng: random.Random, counts: Sequence[float] = P_COUNT, even: bo
     Color and size follow each thing's own shape; arrangement, ground and texture that of one thing drawn at random.
     `even`: nothing is typical, every value has the same probability.
     """
+    def draw(typical: str, values: Sequence[str]) -> str:
+        return rng.choice(values) if even else biased(rng, typical, values)
+
     count = rng.choices((1, 2, 3), counts)[0]
     shapes = rng.sample(SHAPES, count)
     colors = []
     while len(set(colors)) < count:
-        colors = [biased(rng, TYPICAL[shape][0], COLORS, even) for shape in shapes]
-    sizes = [biased(rng, TYPICAL[shape][1], SIZES, even) if count < 3 else None for shape in shapes]
+        colors = [draw(TYPICAL[shape][0], COLORS) for shape in shapes]
+    sizes = [draw(TYPICAL[shape][1], SIZES) if count < 3 else None for shape in shapes]
     leader = rng.choice(shapes)
     _, _, position, ground, texture = TYPICAL[leader]
     arrangement = position if count == 1 else TYPICAL_ARRANGEMENT[leader][count - 2]
     return Scene(
         tuple(map(Thing, shapes, colors, sizes)),
-        biased(rng, arrangement, ARRANGEMENTS[count], even),
-        biased(rng, ground, GROUNDS, even),
-        biased(rng, texture, TEXTURES, even),
+        draw(arrangement, ARRANGEMENTS[count]),
+        draw(ground, GROUNDS),
+        draw(texture, TEXTURES),
     )
 
 

@@ -16,7 +16,7 @@ from tiny.world import P_COUNT, Scene, forget, misstate, render, sample_scene
 
 from .loop import autocast, loaded, save_atomically
 
-EVEN = 0.3  # of the scenes
+EVEN = 0.3  # share of the scenes in which nothing is typical
 LENGTH = 24  # tokens of the longest caption, in each of the two vocabularies
 SHIFT = 3.0  # of the noise schedule in training, as SD3's and SD3.5-Large-Turbo's
 
@@ -34,9 +34,10 @@ class Data:
     @classmethod
     def sample(cls, count: int, seed: int, wrong: float = 0.0, counts: Sequence[float] = P_COUNT) -> "Data":
         """Scenes of the biased world, but for a share EVEN in which every value is as frequent as any other, and whose
-        captions say everything: as where large models' data lack something, one collects it and describes it well.
+        captions say everything.
 
-        Otherwise a caption that says something rare would more often be a wrong one of something frequent.
+        Where a share of what captions say is wrong, those that name several rare values would otherwise be wrong more
+        often than right: frequent scenes that are described wrongly outnumber the rare ones.
         """
         rng, whole = random.Random(seed), round(EVEN * count)
         return cls([sample_scene(rng, counts, even=i < whole) for i in range(count)], seed, wrong, whole)

@@ -52,7 +52,7 @@ def test_batches_show_every_example_once_an_epoch():
     assert sorted(i for batch in first for i in batch) == list(range(60)) and first != second
 
 
-def test_captions_of_even_scenes_say_everything_and_no_other_is_empty():
+def test_captions_of_even_scenes_say_everything_and_some_of_the_others_are_empty():
     data = Data.sample(4000, seed=0, wrong=0.2)
     assert data.whole == 1200  # a share of 0.3
     captions = data.captions(torch.arange(4000), 0)
