@@ -100,9 +100,17 @@ def stream_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype | N
 def compile_blocks(model: MMDiT, dynamic: bool | None = None) -> MMDiT:
     """The model with compiled blocks: all of a kind share one graph. A block that pushes runs uncompiled, since the
     push is arithmetic of numpy on B × B matrices. `dynamic` as of torch.compile: False, a graph for each shape."""
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.forward = gelu_by_sigmoid
     for block in (*model.dual_blocks, *model.single_blocks):
         block.forward = partial(run_compiled, block.forward, torch.compile(block.forward, dynamic=dynamic))
     return model
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """GELU in its tanh form, by 1 + tanh z = 2 sigmoid 2z: compiled for a CPU, exp is several times as fast as tanh."""
+    return x * torch.sigmoid((8 / torch.pi) ** 0.5 * x * (1 + 0.044715 * x * x))
 
 
 def run_compiled(eager: Callable, compiled: Callable, *inputs: Tensor | Callable | None) -> Tensor | tuple:

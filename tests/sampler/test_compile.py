@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 from repulsion import Repulsion
 from sampler import Pipeline
+from sampler.parts import gelu_by_sigmoid
 
 
 @pytest.fixture
@@ -27,9 +29,14 @@ def test_blocks_of_a_kind_share_a_graph_and_paint_the_same(name, kinds, graphs):
     compiled, plain = Pipeline.load(name, compile=True), Pipeline.load(name)
     for repulsion in (None, Repulsion(strength=1.0, steps=2, blocks=(0, 7))):
         found, expected = (pipeline(**call, repulsion=repulsion)[0] for pipeline in (compiled, plain))
-        # three steps in float32, whose operations are the same
-        assert (found - expected).norm() / expected.norm() < 1e-6
+        # three steps in float32, whose operations are the same but for GELU's; guidance 6 multiplies their rounding
+        assert (found - expected).norm() / expected.norm() < 2e-5
     assert graphs() == kinds and not counters["graph_break"]
+
+
+def test_the_gelu_of_compiled_blocks_is_the_tanh_form():
+    x = torch.linspace(-40, 40, 10_001, dtype=torch.float64)
+    torch.testing.assert_close(gelu_by_sigmoid(x), F.gelu(x, approximate="tanh"), rtol=1e-13, atol=1e-14)
 
 
 def test_blocks_that_are_copied_one_by_one_are_not_compiled():
