@@ -164,14 +164,16 @@ function showFigures() {
   if (!engine) return;
   const { steps, blocks, shift } = engine.settings, perStep = blocks - 1, point = Number($("point").value);
   const visible = ROWS.filter(shown), kernels = visible.map((row) => rows[row].kernels[point]);
-  const low = Math.min(0, ...kernels.filter(Boolean).flat(2));
+  const low = Math.min(0, ...kernels.filter(Boolean).flat(2)), from = low < 0 ? number(low, 2) : "0";
+  const [step, block] = [Math.floor(point / perStep) + 1, point % perStep + 1];
   visible.forEach((row, i) => {
     if (kernels[i]) $(row).querySelector(".figures").innerHTML = `
-      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${number(low, 2)} to 1</figcaption></figure>
+      <figure>${gramFigure(kernels[i], low)}<figcaption>cosines, ${from} to 1</figcaption></figure>
       <figure>${spectrumFigure(spectrum(kernels[i]))}<figcaption>eigenvalues</figcaption></figure>
-      <p class="score"><b>${vendiScore(kernels[i]).toFixed(2)}</b>Vendi score, at most ${kernels[i].length}</p>`;
+      <p class="score"><b>${vendiScore(kernels[i]).toFixed(2)}</b>Vendi score in step ${step},
+        block ${block}, at most ${kernels[i].length}</p>`;
   });
-  const name = `Step ${Math.floor(point / perStep) + 1}, block ${point % perStep + 1}`;
+  const name = `Step ${step}, block ${block}`;
   $("point-name").textContent = name;
   $("point").setAttribute("aria-valuetext", name);
   const scores = Object.fromEntries(visible.map((row) => [row, rows[row].scores]));

@@ -113,8 +113,8 @@ def same(found, ours):
 
 
 def test_as_a_person_uses_it(page, pipeline):
-    assert same(pictures(page, "typical"), pipeline("a circle", 4))
-    assert same(pictures(page, "repelled"), pipeline("a circle", 4, repulsion=pipeline.defaults.repulsion))
+    assert same(pictures(page, "typical"), pipeline("a triangle", 4))
+    assert same(pictures(page, "repelled"), pipeline("a triangle", 4, repulsion=pipeline.defaults.repulsion))
 
     page.locator("#paint").click()  # nothing is new
     done(page)
@@ -148,15 +148,15 @@ def test_blocks_and_steps_with_what_precedes_the_first_push_taken_from_the_typic
         page.locator("#blocks").select_option(blocks)
         page.locator("#steps").select_option(steps)
         done(page)
-        ours = pipeline("a circle", 6, repulsion=Repulsion(strength=strength, **settings))
+        ours = pipeline("a triangle", 6, repulsion=Repulsion(strength=strength, **settings))
         assert same(pictures(page, "repelled"), ours), settings
-    assert same(pictures(page, "typical"), pipeline("a circle", 6))
+    assert same(pictures(page, "typical"), pipeline("a triangle", 6))
 
 
 def test_the_figures_show_our_tokens_scores(page, pipeline):
     push = pipeline.defaults.repulsion
     with trace(pipeline.transformer, "dual.") as passes:
-        pipeline("a circle", 4, repulsion=push)
+        pipeline("a triangle", 4, repulsion=push)
     last = pipeline.config.num_blocks - 2
     for step, block in ((0, 0), (0, last), (3, last)):
         page.locator("#point").evaluate("""(slider, value) => {
