@@ -125,8 +125,12 @@ def check_same(group: Group, summary: dict, folder: Path) -> None:
         if getattr(group.args, side) is None:  # as the checkpoint or a reference has it
             now.pop(side)
     for key, value in {**now, "batches": [*group.batches]}.items():
-        if found.get(key) != value:
-            raise ValueError(f"{folder} was painted with {key} {found.get(key)}, and now it would be {value}: choose "
+        before = found.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):  # repulsion's or a method's settings: those that differ
+            differing = [name for name in before | value if before.get(name) != value.get(name)]
+            before, value = ({name: one.get(name) for name in differing} for one in (before, value))
+        if before != value:
+            raise ValueError(f"{folder} was painted with {key} {before}, and now it would be {value}: choose "
                              "another --out, or give the same options")
 
 

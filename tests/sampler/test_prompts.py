@@ -157,6 +157,7 @@ def test_a_folder_of_other_settings_or_of_someone_else_is_left_alone(call, promp
         assert call("--prompts", "file.txt", *QUICK, "--out", "here", *more) == 2
         error = capsys.readouterr().err
         assert "was painted with" in error and more[0].strip("-") in error
+        assert more[0] != "--strength" or "would be {'strength': 9.0}" in error  # no setting that is the same
     assert (written(out), (out / "results.jsonl").read_bytes()) == (before, text)
     (tmp_path / "there" / NAMES[0]).mkdir(parents=True)
     assert call("--prompts", "file.txt", *QUICK, "--out", "there") == 2
