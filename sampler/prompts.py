@@ -126,7 +126,7 @@ def check_same(group: Group, summary: dict, folder: Path) -> None:
             now.pop(side)
     for key, value in {**now, "batches": [*group.batches]}.items():
         before = found.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):  # repulsion's or a method's settings: those that differ
+        if isinstance(before, dict) and isinstance(value, dict):  # repulsion or method: the settings that differ
             differing = [name for name in before | value if before.get(name) != value.get(name)]
             before, value = ({name: one.get(name) for name in differing} for one in (before, value))
         if before != value:
