@@ -64,18 +64,23 @@ def effect_table(results: Results, models: list[str]) -> str:
 
 
 def equal_table(results: Results, model: str) -> str:
-    """Each method's gain at equal adherence: what was chosen for 1, 2 and 3 points, and the points it loses here."""
+    """Each method's gain at equal adherence: what was chosen for 1, 2 and 3 points, the points it loses here, and
+    contextual repulsion over it."""
     found = results.verdict(model)
     order = [*results.ranked(model), *found]
     lines = []
     for method in dict.fromkeys(order):
         line = [method]
         for points in ALLOWED:
-            result = found[method].get(points)
-            line += ([within(result.gain, ".2f"), f"{result.adherence[0]:+.1f}"] if result else
-                     ["none", "–"] if points in found[method] else ["not painted", "–"])
+            if result := found[method].get(points):
+                ahead = method != OURS and results.ahead(model, result.setting)
+                line += [within(result.gain, ".2f"), f"{result.adherence[0]:+.1f}",
+                         within(ahead, ".2f") if ahead else "–"]
+            else:
+                line += ["none" if points in found[method] else "not painted", "–", "–"]
         lines.append(line)
-    head = [cell for p in ALLOWED for cell in (f"{p} point{'s' if p > 1 else ''}: Vendi × base", "here")]
+    head = [cell for p in ALLOWED for cell in (f"{p} point{'s' if p > 1 else ''}: Vendi × base", "here",
+                                               "contextual over it")]
     return markdown(["method", *head], lines)
 
 
@@ -87,14 +92,13 @@ def strength_table(results: Results, model: str) -> str:
 
 
 def verdict_table(results: Results, model: str, costs: list[dict]) -> str:
-    """Each method as it was chosen for MIDDLE points, the largest gain first; and contextual repulsion over it."""
+    """Each method as it was chosen for MIDDLE points, the largest gain first."""
     ranked, lines = results.ranked(model), []
     for method, result in ranked.items():
         times = [row["ratio"] for row in costs if (row["model"], row["setting"]) == (model, result.setting)]
-        ahead = method != OURS and results.ahead(model, result.setting)
-        lines.append([method, short(result.setting), *cells(result), within(ahead, ".2f") if ahead else "–",
-                      f"{times[0]:.2f}" if times else "–", f"{result.groups}"])
-    head = ["method", "setting", *HEAD, "contextual at its adherence, over it", "time × base", "groups"]
+        lines.append([method, short(result.setting), *cells(result), f"{times[0]:.2f}" if times else "–",
+                      f"{result.groups}"])
+    head = ["method", "setting", *HEAD, "time × base", "groups"]
     missing = [f"{method} ({min(lost for _, _, lost in results.tried(model, method)):.1f} points)"
                for method, one in results.verdict(model).items() if one.get(MIDDLE, True) is None]
     text = f"\nNo setting loses {MIDDLE} points or less, on the prompts to choose on, of: {', '.join(missing)}.\n"
