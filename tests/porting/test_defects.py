@@ -201,7 +201,7 @@ DEFECTS = {
                                 "dual.0.attention.context.in", FOUND + "shift and scale swapped"),
     "scale for 1 + scale": (modulation(lambda x, shift, scale, norm: scale * norm(x) + shift),
                             "dual.0.attention.context.in", FOUND + "scale for 1 + scale"),
-    "LayerNorm's eps": (modulation(lambda x, shift, scale, norm: (1 + scale) * norm(x, 1e-4) + shift),
+    "LayerNorm's eps": (modulation(lambda x, shift, scale, norm: (1 + scale) * norm(x, 1e-3) + shift),
                         "dual.0.attention.context.in", FOUND + "another eps: it is 1e-6"),
     "variance by d − 1": (modulation(lambda x, shift, scale, norm: shift + (1 + scale) * (
         x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()), "dual.0.attention.context.in",
